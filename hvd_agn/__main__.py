@@ -1,0 +1,53 @@
+"""``python -m hvd_agn check`` and ``python -m hvd_agn bench``."""
+
+import argparse
+import json
+import sys
+
+from .errors import AGNError
+
+
+def main() -> int:
+    """Run the command line; 0 if all is well."""
+    parser = argparse.ArgumentParser(prog="python -m hvd_agn", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="is everything there that training with hvd_agn needs?")
+    bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
+    exchange = bench.add_parser("exchange", help="an exchange, against the memory's limit, allreduce, Get_accumulate")
+    exchange.add_argument("--ranks", type=_counts, default=[1, 2, 4], help="rank counts, such as 1,2,4 (the default)")
+    step = bench.add_parser("step", help="a step between exchanges, against the wrapped optimizer's")
+    for each in (exchange, step):
+        each.add_argument("--params", type=int, default=25_000_000, help="float32 parameters (default 25000000)")
+        each.add_argument("--json", action="store_true", help="one JSON object per row on stdout, the table on stderr")
+    arguments = parser.parse_args()
+
+    if arguments.command == "check":
+        from . import check
+
+        return check.main()
+    from . import bench as benchmarks
+
+    try:
+        if arguments.bench == "exchange":
+            columns, rows = benchmarks.EXCHANGE_COLUMNS, benchmarks.exchange(arguments.params, arguments.ranks)
+        else:
+            columns, rows = benchmarks.STEP_COLUMNS, benchmarks.step(arguments.params)
+    except AGNError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    print(benchmarks.table(rows, columns), file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        for row in rows:
+            print(json.dumps(row))
+    return 0
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("rank counts are 1 or more")
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""``python -m hvd_agn bench``: what the exchange and a step cost, against what the hardware and others need.
+
+All figures of one rank count come from one run, taken in turn, so that a change of the machine's speed meets them all.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core, config, mpi
+from .center import Center
+from .errors import AGNError
+from .launch import run_ranks
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+ROUNDS = 7
+EXCHANGES_PER_ROUND = 5
+PERIOD = 10
+
+Columns = Sequence[tuple[str, str, str]]
+"""Key, heading and format of each."""
+
+EXCHANGE_COLUMNS: Columns = (
+    ("ranks", "ranks", "{:d}"),
+    ("limit_ms", "limit", "{:.1f}"),
+    ("exchange_ms", "exchange", "{:.1f}"),
+    ("per_exchange_ms", "per exchange", "{:.1f}"),
+    ("allreduce_ms", "allreduce", "{:.1f}"),
+    ("naive_ms", "Get_accumulate", "{:.1f}"),
+    ("exchange_over_limit", "exchange/limit", "{:.2f}"),
+    ("per_exchange_over_limit", "per exch./limit", "{:.2f}"),
+    ("allreduce_over_exchange", "allreduce/exch.", "{:.1f}"),
+    ("naive_over_exchange", "Get_acc./exch.", "{:.1f}"),
+)
+STEP_COLUMNS: Columns = (
+    ("optimizer", "optimizer", "{}"),
+    ("inner_ms", "bare step", "{:.2f}"),
+    ("agn_ms", "AGN step", "{:.2f}"),
+    ("ratio", "AGN/bare", "{:.4f}"),
+)
+
+
+def exchange(params: int, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """Time the exchange of ``params`` float32 parameters on each number of ranks. Times in ms.
+
+    Raises:
+        AGNError: a run failed; the message has its output.
+    """
+    results = []
+    for n in ranks:
+        command = [sys.executable, "-m", "hvd_agn.bench", str(params)]
+        try:
+            done = run_ranks(n, command, timeout=600)
+        except subprocess.TimeoutExpired as late:
+            raise AGNError(f"the run on {n} ranks took over {late.timeout} s: {late.stderr!s}") from None
+        if done.returncode != 0:
+            raise AGNError(f"the run on {n} ranks failed: {done.stdout}{done.stderr}")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    return results
+
+
+def exchange_rank(params: int) -> None:
+    """One rank's part of :func:`exchange`; rank 0 prints the result as JSON."""
+    MPI = mpi.initialize()
+    comm = MPI.COMM_WORLD
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        center = Center([theta := np.zeros(params, np.float32)])
+    naive = _HandWritten(MPI, params)
+    summed = np.zeros(params, np.float32)
+
+    limit: list[float] = []
+    own: list[float] = []
+    spans: list[float] = []
+    allreduce: list[float] = []
+    by_hand: list[float] = []
+    for _ in range(ROUNDS + 1):  # the first warms up
+        if comm.rank == 0:
+            limit += _core.time_private_pass(params, int(config.BLOCK_BYTES.read()), 2)[1:]
+        theta += 1.0
+        _sleeping_barrier(comm)
+        start = time.monotonic()
+        own += [_timed(lambda: center.exchange(PERIOD)) for _ in range(EXCHANGES_PER_ROUND)]
+        end = time.monotonic()
+        spans.append(comm.allreduce(end, op=MPI.MAX) - comm.allreduce(start, op=MPI.MIN))
+        _sleeping_barrier(comm)
+        allreduce.append(_timed(lambda: comm.Allreduce(MPI.IN_PLACE, summed)))
+        _sleeping_barrier(comm)
+        by_hand.append(_timed(naive.exchange))
+        _sleeping_barrier(comm)
+    naive.close()
+    if comm.rank == 0:
+        result = {
+            "ranks": comm.size,
+            "params": params,
+            "limit_ms": 1e3 * min(limit[1:]),
+            "exchange_ms": 1e3 * statistics.median(own[EXCHANGES_PER_ROUND:]),
+            "per_exchange_ms": 1e3 * sum(spans[1:]) / (ROUNDS * EXCHANGES_PER_ROUND * comm.size),
+            "allreduce_ms": 1e3 * statistics.median(allreduce[1:]),
+            "naive_ms": 1e3 * statistics.median(by_hand[1:]),
+        }
+        result["exchange_over_limit"] = result["exchange_ms"] / result["limit_ms"]
+        result["per_exchange_over_limit"] = result["per_exchange_ms"] / result["limit_ms"]
+        result["allreduce_over_exchange"] = result["allreduce_ms"] / result["exchange_ms"]
+        result["naive_over_exchange"] = result["naive_ms"] / result["exchange_ms"]
+        result["mpi"] = _core.mpi_library_version().split(",")[0].split("\n")[0].strip()
+        print(json.dumps(result), flush=True)
+
+
+class _HandWritten:
+    """AGN as one would write it with mpi4py: NumPy, and Get_accumulate on a window at rank 0."""
+
+    def __init__(self, MPI: ModuleType, params: int) -> None:
+        self._mpi = MPI
+        nbytes = 4 * params if MPI.COMM_WORLD.rank == 0 else 0
+        self._window = MPI.Win.Allocate(nbytes, 4, comm=MPI.COMM_WORLD)
+        self._theta, self._anchor, self._center = (np.zeros(params, np.float32) for _ in range(3))
+
+    def exchange(self) -> None:
+        delta = (self._theta - self._anchor) / PERIOD
+        self._window.Lock(0, self._mpi.LOCK_SHARED)
+        self._window.Get_accumulate(delta, self._center, 0, op=self._mpi.SUM)
+        self._window.Unlock(0)
+        self._theta[:] = self._center + delta
+        self._anchor[:] = self._theta
+
+    def close(self) -> None:
+        self._window.Free()
+
+
+def step(params: int) -> list[dict[str, Any]]:
+    """Time a step between two boundaries against the wrapped optimizer's own, on one rank. Times in ms."""
+    import torch
+
+    from .torch import AGNOptimizer
+
+    torch.set_num_threads(1)
+    results = []
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        parameter = torch.nn.Parameter(torch.zeros(params))
+        parameter.grad = torch.full((params,), 1e-3)
+        inner = kind([parameter], lr=1e-3)
+        wrapped = AGNOptimizer(inner, communication_period=10**9)
+        bare: list[float] = []
+        agn: list[float] = []
+        for i in range(43):
+            pair = (bare, inner.step), (agn, wrapped.step)
+            for times, call in pair if i % 2 else pair[::-1]:
+                times.append(_timed(call))
+        bare, agn = bare[3:], agn[3:]
+        results.append(
+            {
+                "optimizer": kind.__name__,
+                "params": params,
+                "inner_ms": 1e3 * statistics.median(bare),
+                "agn_ms": 1e3 * statistics.median(agn),
+                "ratio": statistics.median(a / b for a, b in zip(agn, bare, strict=True)),
+            }
+        )
+        wrapped.close()
+    return results
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Columns) -> str:
+    """Rows as aligned text."""
+    cells = [[heading for _, heading, _ in columns]]
+    cells += [[form.format(row[key]) for key, _, form in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _sleeping_barrier(comm: "MPI.Comm") -> None:
+    """A barrier that leaves the cores to those still at work."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    exchange_rank(int(sys.argv[1]))

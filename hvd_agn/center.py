@@ -1,0 +1,537 @@
+"""The center and its clients, free of any framework: arrays are NumPy's or anything with DLPack.
+
+No array data is touched here. The work is in the native core: ``csrc/exchange.cpp`` for a worker's end,
+``csrc/center.cpp`` for the shared memory.
+"""
+
+import atexit
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from . import _core, config, mpi, rules
+from .errors import (
+    AGNError,
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    NonFiniteError,
+    NonFiniteWarning,
+    SharedMemoryError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Arrays = Mapping[str, Any] | Sequence[Any]
+
+
+class Stats(TypedDict):
+    """What one client has done. Staleness counts pushes of blocks: by others, between a pull and the next push."""
+
+    exchanges: int
+    """Pushes that the center took."""
+    pushes_refused: int
+    """Deltas with a NaN or an Inf."""
+    blocks_refused: int
+    """Blocks left as they were because the rule would have overflowed there."""
+    pulls: int
+    staleness_mean: float
+    staleness_max: int
+    staleness_histogram: list[int]
+    """Element t: block pushes of staleness t; element 64: of 64 and more."""
+    exchange_seconds: float
+    """Spent in exchanges and pulls."""
+    bytes: int
+    """Of parameters, pushed and pulled."""
+    center_version: int
+    """Pushes that every block of the center has had, from all workers."""
+
+
+class Client:
+    """One worker's arrays, and what it last received from the center (its anchor).
+
+    Made by :meth:`Center.client`; the center's own is :attr:`Center.arrays_client`. Methods are not collective.
+    """
+
+    def __init__(self, center: "Center", names: Sequence[str], arrays: Sequence[Any], on_nonfinite: str) -> None:
+        self._center = center
+        self._names = list(names)
+        self._arrays = list(arrays)
+        self._on_nonfinite = on_nonfinite
+        self._native: _core.Client | None = _core.Client(center._open(), register(names, arrays))
+
+    def _open(self) -> _core.Client:
+        if self._native is None:
+            raise UsageError(f"{self._center.label}: used after close().")
+        return self._native
+
+    def exchange(self, steps: float = 1) -> bool:
+        """Push ``(arrays - anchor) / steps``, and set arrays and anchor to the center.
+
+        Args:
+            steps: local steps since the last exchange, above 0.
+
+        Returns:
+            True, or False if the delta had a NaN or an Inf and was refused: then the center was not touched and the
+            arrays are set to it.
+
+        Raises:
+            NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
+            UsageError: the center is closed.
+            StallError: a block stayed locked past ``HVD_AGN_STALL_ABORT_SECONDS``.
+        """
+        native = self._open()
+        refused = native.exchange(steps)
+        if refused < 0:
+            return True
+        text = (
+            f"{self._center.label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
+            f"refused and the center is untouched ({native.stats()['pushes_refused']} so far on this rank). "
+        )
+        if self._on_nonfinite == "raise":
+            raise NonFiniteError(text + "The parameters are left as they are; pull() sets them to the center.")
+        native.pull()
+        warnings.warn(
+            text + "The parameters are set back to the center. Check the loss, the learning rate and, if it goes on, "
+            "the state of the local optimizer.",
+            NonFiniteWarning,
+            stacklevel=3,
+        )
+        return False
+
+    def pull(self) -> None:
+        """Set arrays and anchor to the center; what was not pushed is dropped."""
+        self._open().pull()
+
+    def peek(self) -> None:
+        """Set the arrays to the center and leave the anchor: a look that the next exchange must not see."""
+        self._open().peek()
+
+    def rebind(self, index: int, array: Any) -> None:
+        """Array ``index`` is now ``array``, of the same shape and type: its storage has moved."""
+        buffer = _buffer(self._names[index], array)
+        self._arrays[index] = array
+        self._open().bind(index, buffer)
+
+    def read_anchor(self, index: int, out: Any) -> None:
+        """Copy the anchor of array ``index`` to ``out``, an array like it."""
+        self._open().read_anchor(index, out)
+
+    def write_anchor(self, index: int, values: Any) -> None:
+        """Set the anchor of array ``index`` to ``values``, an array like it."""
+        self._open().write_anchor(index, values)
+
+    def stats(self) -> Stats:
+        """What this client has done so far."""
+        return {**self._open().stats(), "center_version": self._center.version}  # type: ignore[typeddict-item]
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory that this client takes beyond the arrays: the anchor and bookkeeping."""
+        return self._open().extra_bytes
+
+    def _close(self) -> None:
+        self._native = None
+        self._arrays = []
+
+
+class Center:
+    """Shared parameters in memory that rank 0 of the communicator exposes, and this rank's client of them.
+
+    Construction is collective; afterwards no rank waits for another, except in :meth:`load` and at exit. All ranks
+    start from rank 0's values.
+
+    Args:
+        arrays: name -> array, or a sequence of arrays. float32, float64, float16 or bfloat16, any shape, C-contiguous,
+            writable, on the CPU; the same names and shapes on every rank. They are updated in place, and must stay
+            where they are (or :meth:`Client.rebind`). The center holds float64 as float64, all others as float32.
+        rule: what the center does with a delta; None is ``rules.Add()``.
+        comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.
+        on_nonfinite: ``"skip"`` or ``"raise"``, see :meth:`exchange`.
+        name: used in messages.
+
+    Raises:
+        LayoutError: an array cannot be used, or ranks differ in names, shapes, types, rule or block size. Every rank
+            gets the error.
+        LaunchError: see :func:`hvd_agn.mpi.initialize`.
+        SharedMemoryError: no room for the center; the message has the bytes needed and found.
+        ConfigError: an argument or an environment variable is none of its choices.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        rule: rules.Rule | None = None,
+        comm: "MPI.Comm | None" = None,
+        *,
+        on_nonfinite: str = config.ON_NONFINITE[0],
+        name: str = "Center",
+    ) -> None:
+        config.check_environment()
+        if on_nonfinite not in config.ON_NONFINITE:
+            raise ConfigError(f"on_nonfinite={on_nonfinite!r}: give one of {', '.join(config.ON_NONFINITE)}.")
+        self.rule = rules.Add() if rule is None else rule
+        if not isinstance(self.rule, rules.Rule):
+            raise ConfigError(f"rule={rule!r}: give one of hvd_agn.rules, such as rules.Add().")
+        self._on_nonfinite = on_nonfinite
+        self._native: _core.Center | None = None
+        self._clients: list[Client] = []
+        self._before_close: Callable[[], object] | None = None
+        self._serial = next(_serials)
+
+        MPI = mpi.initialize()
+        parent = MPI.COMM_WORLD if comm is None else comm
+        if not isinstance(parent, MPI.Intracomm):
+            raise ConfigError(f"comm={comm!r}: give an mpi4py communicator, or None for MPI.COMM_WORLD.")
+        self._comm = _core.Comm(MPI._handleof(parent), config.STALL_SECONDS.read(), config.STALL_ABORT_SECONDS.read())
+        self._mpi_comm = MPI.Comm.fromhandle(self._comm.handle)
+        self.label = f"[rank {self._comm.rank}] {name}"
+
+        signature: list[tuple[Any, ...]] = []
+        error: Exception | None = None
+        try:  # a rank that fails alone would leave the others waiting: all learn of it first
+            self._names, self._shapes, values, signature = self._describe(arrays)
+        except (AGNError, TypeError) as failure:
+            error = failure
+        self._agree(error, signature)
+        self._allocate(values, signature)
+        self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
+        """The client of this rank's ``arrays``."""
+
+    def _describe(self, arrays: Arrays) -> tuple[list[str], list[tuple[int, ...]], list[Any], list[tuple[Any, ...]]]:
+        if isinstance(arrays, Mapping):
+            names, values = [str(key) for key in arrays], list(arrays.values())
+        else:
+            values = list(arrays)
+            names = [f"array {i}" for i in range(len(values))]
+        if not values:
+            raise LayoutError(f"{self.label}: no arrays to exchange. Give at least one.")
+        buffers = register(names, values)
+        shapes = [tuple(int(n) for n in value.shape) for value in values]
+        signature: list[tuple[Any, ...]] = [
+            (name, shape, "float64" if buffer.dtype == "float64" else "float32")
+            for name, shape, buffer in zip(names, shapes, buffers, strict=True)
+        ]
+        signature.append(("block bytes (HVD_AGN_BLOCK_BYTES)", config.BLOCK_BYTES.read()))
+        signature.append(("rule", repr(self.rule)))
+        return names, shapes, values, signature
+
+    def _agree(self, error: Exception | None, signature: list[tuple[Any, ...]]) -> None:
+        """Every rank raises if any rank has an error or differs from rank 0."""
+        expected = self._mpi_comm.bcast(signature, root=0)
+        if error is None and signature != expected and expected:
+            error = LayoutError(f"{self.label}: {_first_difference(signature, expected)}")
+        errors = self._mpi_comm.allgather(error)
+        first = next((e for e in errors if e is not None), None)
+        if first is not None:
+            self._comm.free()
+            raise error or first
+
+    def _allocate(self, values: list[Any], signature: list[tuple[Any, ...]]) -> None:
+        counts = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
+        self._dtypes = [entry[2] for entry in signature[: len(counts)]]
+        layout = _core.Layout(counts, self._dtypes, int(config.BLOCK_BYTES.read()))
+        native_rule = self.rule._native()
+        self.nbytes = layout.memory_bytes(native_rule, self._comm.size)
+        """Bytes of shared memory that the center takes at its host."""
+        free = mpi.shared_memory_free() if self._comm.rank == 0 and self._comm.size > 1 else self.nbytes
+        free = self._mpi_comm.bcast(free, root=0)
+        if free < self.nbytes:
+            self._comm.free()
+            raise SharedMemoryError(
+                f"{self.label}: the center needs {self.nbytes} bytes of shared memory, "
+                f"{mpi.shared_memory_directory()} on the host has {free} free. Free some there, or mount it larger "
+                "(docker run --shm-size, mount -o remount,size=...)."
+            )
+        self._native = _core.Center(self._comm, layout, native_rule)
+        _register_at_exit(self)
+        if self._comm.rank == 0:
+            wide = [np.empty(shape, dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+            _core.widen(register(self._names, values), wide)
+            self._native.write([wide], 0)
+        self._comm.barrier("waits for rank 0 to write its parameters to the center")
+
+    # ---- exchange
+
+    def client(self, arrays: Arrays) -> Client:
+        """One more worker in this process, with arrays of its own like the center's. Local.
+
+        They are set to the center. Clients of one process may run on threads of their own; they take turns block by
+        block.
+
+        Raises:
+            LayoutError: the arrays cannot be used or do not match the center's.
+        """
+        values = list(arrays.values()) if isinstance(arrays, Mapping) else list(arrays)
+        names = self._names if len(values) == len(self._names) else [f"array {i}" for i in range(len(values))]
+        register(names, values)
+        shapes = [tuple(int(n) for n in value.shape) for value in values]
+        if shapes != self._shapes:
+            raise LayoutError(f"{self.label}: a client's arrays have shapes {shapes}, the center's {self._shapes}.")
+        try:
+            made = Client(self, names, values, self._on_nonfinite)
+        except ValueError as error:
+            raise LayoutError(f"{self.label}: {error}.") from error
+        self._clients.append(made)
+        return made
+
+    def exchange(self, steps: float = 1) -> bool:
+        """As :meth:`Client.exchange`, for this center's arrays."""
+        self._open()
+        return self.arrays_client.exchange(steps)
+
+    def pull(self) -> None:
+        """As :meth:`Client.pull`, for this center's arrays."""
+        self._open()
+        self.arrays_client.pull()
+
+    def stats(self) -> Stats:
+        """As :meth:`Client.stats`, for this center's arrays."""
+        self._open()
+        return self.arrays_client.stats()
+
+    # ---- state
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the communicator."""
+        return self._comm.rank
+
+    @property
+    def size(self) -> int:
+        """Ranks of the communicator."""
+        return self._comm.size
+
+    @property
+    def version(self) -> int:
+        """Pushes that every block has had."""
+        return self._open().version
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """A copy of the center: name -> array of the registered shape, float32 or float64. Not collective.
+
+        Each block is consistent; blocks may differ by pushes that were under way.
+        """
+        return self._read()[0]
+
+    def _read(self) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]], int]:
+        """Center, slot name -> its arrays, version."""
+        native = self._open()
+        slots = self.rule.active_slots()
+        planes = [
+            [np.empty(shape, dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+            for _ in range(1 + len(slots))
+        ]
+        version = native.read(planes)
+        named = [dict(zip(self._names, plane, strict=True)) for plane in planes]
+        return named[0], dict(zip(slots, named[1:], strict=True)), version
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write center and slots to a safetensors file. Rank 0 writes; on other ranks nothing happens.
+
+        Not collective: training may go on meanwhile. Each block is consistent in itself. The file appears whole or not
+        at all. Parameters have their own names, slots ``slot/<slot>/<name>``.
+
+        Raises:
+            OSError: the file cannot be written; an older one is as it was.
+        """
+        if self._comm.rank != 0:
+            self._open()
+            return
+        center, slots, version = self._read()
+        tensors = dict(center)
+        for slot, arrays in slots.items():
+            tensors |= {f"slot/{slot}/{name}": array for name, array in arrays.items()}
+        metadata = {"format": "hvd_agn center 1", "rule": repr(self.rule), "version": str(version)}
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            safetensors.numpy.save_file(tensors, partial, metadata)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Set center and slots to a file written by :meth:`save`, by any number of ranks. Collective.
+
+        Rank 0 reads; then every rank pulls. Restore a worker's own parameters and optimizer state after this.
+
+        Raises:
+            CheckpointError: on every rank; the file is missing, damaged, or of other arrays or another kind of rule.
+        """
+        native = self._open()
+        self._comm.barrier("waits for all ranks to call Center.load")
+        error: CheckpointError | None = None
+        if self._comm.rank == 0:
+            try:
+                planes, version = self._read_file(Path(path))
+                native.write(planes, version)
+            except CheckpointError as failure:
+                error = failure
+        error = self._mpi_comm.bcast(error, root=0)
+        if error is not None:
+            raise error
+        for client in self._clients:
+            client.pull()
+
+    def _read_file(self, path: Path) -> tuple[list[list[np.ndarray]], int]:
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, safetensors.SafetensorError) as failure:
+            raise CheckpointError(
+                f"{self.label}: cannot read {path}: {failure}. Give a file that save() wrote."
+            ) from None
+        if not metadata.get("format", "").startswith("hvd_agn center"):
+            raise CheckpointError(f"{self.label}: {path} was not written by Center.save().")
+        prefixes = [""] + [f"slot/{slot}/" for slot in self.rule.active_slots()]
+        planes = []
+        for prefix in prefixes:
+            plane = []
+            for name, shape, dtype in zip(self._names, self._shapes, self._dtypes, strict=True):
+                found = tensors.pop(prefix + name, None)
+                if found is None or found.shape != shape or str(found.dtype) != dtype:
+                    what = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
+                    raise CheckpointError(
+                        f"{self.label}: in {path}, {prefix + name!r} {what}; expected {dtype}{list(shape)}, with "
+                        f"rule {self.rule}. The file has rule {metadata.get('rule')}."
+                    )
+                plane.append(np.ascontiguousarray(found).reshape(shape))
+            planes.append(plane)
+        if tensors:
+            raise CheckpointError(f"{self.label}: {path} also has {sorted(tensors)[0]!r}, which this center has not.")
+        return planes, int(metadata["version"])
+
+    # ---- end
+
+    def before_close(self, callback: Callable[[], object]) -> None:
+        """Call this once when the center closes, at exit at the latest: the place to push what is left."""
+        self._before_close = callback
+
+    def close(self) -> None:
+        """This rank is done with the center. Waits for nobody; a second call does nothing.
+
+        The arrays stay as they are. The host's memory goes back to the system when all ranks have closed.
+        """
+        if self._native is None:
+            return
+        callback, self._before_close = self._before_close, None
+        try:
+            if callback is not None:
+                callback()
+        finally:
+            for client in self._clients:
+                client._close()
+            self._clients.clear()
+            self._native.detach()
+            _finished.append((self._serial, self._comm, self._native))
+            self._native = None
+            _centers.remove(self)
+
+    def __enter__(self) -> "Center":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check_open(self) -> None:
+        """Raise UsageError if the center is closed."""
+        self._open()
+
+    def _open(self) -> _core.Center:
+        if self._native is None:
+            raise UsageError(f"{self.label}: used after close().")
+        return self._native
+
+
+def register(names: Sequence[str], arrays: Sequence[Any]) -> list[_core.Buffer]:
+    """Native descriptions of arrays.
+
+    Raises:
+        LayoutError: names an array that is of a wrong kind, or two that share memory.
+    """
+    buffers = [_buffer(name, array) for name, array in zip(names, arrays, strict=True)]
+    spans = sorted((b.address, b.address + b.nbytes, n) for b, n in zip(buffers, names, strict=True) if b.count)
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
+        if start < end:
+            raise LayoutError(f"{first!r} and {second!r} share memory. Give each array once, or a copy of one.")
+    return buffers
+
+
+def _buffer(name: str, array: Any) -> _core.Buffer:
+    try:
+        return _core.Buffer(array)
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        if "incompatible function arguments" in reason:
+            reason = "it is not a writable array on the CPU"
+        raise LayoutError(
+            f"{name!r} ({type(array).__name__}) cannot be exchanged: {reason}. Give a writable, contiguous NumPy or "
+            "DLPack array on the CPU, of float32, float64, float16 or bfloat16."
+        ) from None
+
+
+def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]]) -> str:
+    fix = "Build the same model and optimizer on every rank."
+    for ours, theirs in zip(mine, rank0, strict=False):
+        if ours != theirs:
+            return f"{json.dumps(ours)} here, {json.dumps(theirs)} on rank 0. {fix}"
+    return f"{len(mine) - 2} arrays here, {len(rank0) - 2} on rank 0. {fix}"
+
+
+_centers: list[Center] = []  # open, in order of creation
+_finished: list[tuple[int, _core.Comm, _core.Center]] = []  # closed; their windows go at exit, which is collective
+_serials = itertools.count()
+_process = os.getpid()
+
+
+def _register_at_exit(center: Center) -> None:
+    if not _centers and not _finished:
+        atexit.unregister(_finish)
+        atexit.register(_finish)  # after mpi4py's import: runs before MPI_Finalize
+    _centers.append(center)
+
+
+def _finish() -> None:
+    """Push what is left, then wait, asleep, for the other ranks, and give the windows back in the same order."""
+    if os.getpid() != _process:  # a forked child
+        return
+    for center in list(_centers):
+        try:
+            center.close()
+        except Exception as error:  # the others are closed all the same
+            print(f"{center.label}: closing failed: {error}", file=sys.stderr)
+    failure = getattr(sys, "last_type", None)
+    comm = _finished[0][1]
+    if failure is not None and comm.size > 1:
+        print(
+            f"[rank {comm.rank}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays in the center "
+            "and the other ranks go on; this one waits for them to end.",
+            file=sys.stderr,
+            flush=True,
+        )
+    try:
+        for _, comm, memory in sorted(_finished, key=lambda entry: entry[0]):
+            comm.barrier("has ended and waits for the other ranks to end")
+            memory.free()
+            comm.free()
+    except AGNError as error:
+        print(f"hvd_agn: {error}", file=sys.stderr)
+    _finished.clear()

@@ -1,0 +1,49 @@
+"""Every exception and warning that hvd_agn raises, one type per kind. The native core raises these too."""
+
+
+class AGNError(Exception):
+    """Base of all errors of hvd_agn."""
+
+
+class ConfigError(AGNError, ValueError):
+    """An argument or an environment variable has a value that is not one of its choices."""
+
+
+class LaunchError(AGNError, RuntimeError):
+    """The processes were not started in a way that lets them talk to each other through MPI."""
+
+
+class LayoutError(AGNError, ValueError):
+    """An array cannot be exchanged, or the ranks do not have the same arrays."""
+
+
+class SharedMemoryError(AGNError, MemoryError):
+    """The shared-memory file system has no room for the center."""
+
+
+class NonFiniteError(AGNError, FloatingPointError):
+    """A delta has a NaN or an Inf, and ``on_nonfinite="raise"`` was asked for."""
+
+
+class CheckpointError(AGNError, ValueError):
+    """A saved center or optimizer state does not fit this one."""
+
+
+class UsageError(AGNError, RuntimeError):
+    """A call that makes no sense now: after ``close()``, or on an optimizer that has started."""
+
+
+class MPIError(AGNError, RuntimeError):
+    """An MPI call failed; the message has the rank, the operation and MPI's own text."""
+
+
+class StallError(AGNError, TimeoutError):
+    """A wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``."""
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """A delta with a NaN or an Inf was refused."""
+
+
+class StalenessWarning(RuntimeWarning):
+    """More workers per period than published runs of AGN train well with."""
