@@ -19,7 +19,7 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 # One thread per rank: the ranks are the parallelism.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test bench lint clean environment
+.PHONY: demo test bench lint stub clean environment
 
 demo: environment
 	@mkdir -p demo
@@ -38,6 +38,12 @@ lint: environment
 	$(RUN) ruff check .
 	$(RUN) clang-format --dry-run --Werror csrc/*
 	$(RUN) mypy
+	@mkdir -p build
+	$(RUN) python -m nanobind.stubgen -q -m hvd_agn._core -o build/_core.pyi
+	diff hvd_agn/_core.pyi build/_core.pyi # make stub writes it anew
+
+stub: environment
+	$(RUN) python -m nanobind.stubgen -q -m hvd_agn._core -o hvd_agn/_core.pyi
 
 clean:
 	rm -rf .venv .venv-* build dist demo *.egg-info .*_cache .hypothesis

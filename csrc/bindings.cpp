@@ -33,6 +33,7 @@ DType dtype_of(const nb::dlpack::dtype& type) {
 
 bool contiguous(const Array& array) {
   std::int64_t expected = 1;
+  if (array.size() == 0) return true;
   for (std::size_t i = array.ndim(); i-- > 0;) {
     if (array.shape(i) != 1 && array.stride(i) != expected) return false;
     expected *= static_cast<std::int64_t>(array.shape(i));
@@ -100,10 +101,11 @@ nb::dict stats_dict(const Client& client) {
 
 /// The core's exceptions become those of hvd_agn/errors.py.
 void use_python_errors() {
-  static PyObject *mpi_error, *stall_error;  // never released: translators live as long as the process
+  static PyObject *mpi_error, *stall_error, *usage_error;  // translators live as long as the process
   const nb::module_ errors = nb::module_::import_("hvd_agn.errors");
   mpi_error = errors.attr("MPIError").inc_ref().ptr();
   stall_error = errors.attr("StallError").inc_ref().ptr();
+  usage_error = errors.attr("UsageError").inc_ref().ptr();
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
     try {
       std::rethrow_exception(thrown);
@@ -111,6 +113,8 @@ void use_python_errors() {
       PyErr_SetString(mpi_error, error.what());
     } catch (const StallError& error) {
       PyErr_SetString(stall_error, error.what());
+    } catch (const UsageError& error) {
+      PyErr_SetString(usage_error, error.what());
     }
   });
 }
@@ -140,7 +144,8 @@ void bind_comm(nb::module_& m) {
       .def_prop_ro("size", &Comm::size)
       .def_prop_ro("node_rank", &Comm::node_rank)
       .def_prop_ro("node_size", &Comm::node_size)
-      .def("barrier", &Comm::barrier, "what"_a, Release())
+      .def(
+          "barrier", [](Comm& self, const std::string& what) { self.barrier(what); }, "what"_a, Release())
       .def("free", &Comm::free, Release());
 }
 
@@ -199,7 +204,7 @@ void bind_center(nb::module_& m) {
       .def_prop_ro("version", &Center::version)
       .def_prop_ro("recoveries", &Center::recoveries)
       .def("detach", &Center::detach, Release())
-      .def("free", &Center::free, Release());
+      .def("free", &Center::free, "comm"_a, Release());
 }
 
 void bind_client(nb::module_& m) {
@@ -254,15 +259,17 @@ NB_MODULE(_core, m) {
   bind_client(m);
 
   m.def("widen", &widen, "buffers"_a, "arrays"_a, "Copies buffers to arrays in the center's dtypes.");
-  nb::enum_<Stage>(m, "Stage", "Places of a pass at which a test can end the process.")
+  nb::enum_<Stage>(m, "Stage", "Places of a pass at which a test can stop the process.")
       .value("none", Stage::none)
       .value("half_written", Stage::half_written)
       .value("written", Stage::written)
       .value("committed", Stage::committed);
-  m.def("die_at", &die_at, "stage"_a, "block"_a, "For tests of crashes: SIGKILL this process at a stage of a pass.");
+  m.def("signal_at", &signal_at, "stage"_a, "block"_a, "signal"_a,
+        "For tests: raise a signal when this process reaches a stage of a pass over a block.");
   m.def("time_private_pass", &time_private_pass, "count"_a, "block_bytes"_a, "repeats"_a, Release(),
         "Seconds of each run of the fused pass over private memory.");
   m.def("kernels", [] { return std::string(kernels().name); }, "Instruction set of the loops in use.");
+  m.def("use_kernels", &use_kernels, "name"_a, "For tests: use another instruction set; false if it is not here.");
   m.def("compiler", [] { return std::string(HVD_AGN_COMPILER); }, "Compiler and flags of this build.");
   m.def("mpi_library_version", &mpi_library_version);
   m.def("mpi_thread_level", &mpi_thread_level);

@@ -1,6 +1,7 @@
 #include "center.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -22,19 +23,21 @@ std::size_t round_up(std::size_t value, std::size_t to) {
   return (value + to - 1) / to * to;
 }
 
-std::atomic<int> die_stage{static_cast<int>(Stage::none)};
-std::atomic<std::size_t> die_block{0};
+std::atomic<Stage> signal_stage{Stage::none};
+std::atomic<std::size_t> signal_block{0};
+std::atomic<int> signal_number{0};
 
 }  // namespace
 
-void die_at(Stage stage, std::size_t block) {
-  die_block.store(block);
-  die_stage.store(static_cast<int>(stage));
+void signal_at(Stage stage, std::size_t block, int signal) {
+  signal_block.store(block);
+  signal_number.store(signal);
+  signal_stage.store(stage);
 }
 
 void reach(Stage stage, std::size_t block) {
-  if (die_stage.load(std::memory_order_relaxed) == static_cast<int>(stage) && die_block.load() == block)
-    std::raise(SIGKILL);
+  if (signal_stage.load(std::memory_order_relaxed) == stage && signal_block.load() == block)
+    std::raise(signal_number.load());
 }
 
 Layout::Layout(std::vector<Segment> segments, std::size_t block_bytes) : segments_(std::move(segments)) {
@@ -123,7 +126,13 @@ void Center::lock_failed(std::size_t block, int code) const {
                                   ". The center's memory is damaged; restart from the last saved center."));
 }
 
+void Center::check_process() const {
+  HVD_AGN_EXPECTS(getpid() == process_, UsageError, "[rank ", rank_,
+                  "] the center was created in another process, which this one was forked from. Use it there only.");
+}
+
 std::optional<Center::Block> Center::try_lock(std::size_t block) {
+  check_process();
   const int code = pthread_mutex_trylock(&headers_[block].mutex);
   if (code == EBUSY) return std::nullopt;
   if (code == EOWNERDEAD)
@@ -135,6 +144,7 @@ std::optional<Center::Block> Center::try_lock(std::size_t block) {
 }
 
 Center::Block Center::lock(std::size_t block) {
+  check_process();
   StallWatch watch(limits_, rank_);
   for (;;) {
     timespec deadline{};
@@ -166,7 +176,12 @@ std::size_t Center::memory_bytes(const Layout& layout, int slots, int ranks) {
 }
 
 Center::Center(Comm& comm, Layout layout, Rule rule)
-    : layout_(std::move(layout)), rule_(rule), rank_(comm.rank()), ranks_(comm.size()), limits_(comm.limits()) {
+    : layout_(std::move(layout)),
+      rule_(rule),
+      rank_(comm.rank()),
+      ranks_(comm.size()),
+      limits_(comm.limits()),
+      process_(getpid()) {
   HVD_AGN_EXPECTS(comm.node_size() == comm.size(), std::invalid_argument, "[rank ", rank_, "] ",
                   comm.size() - comm.node_size(), " of ", comm.size(),
                   " ranks are on another node: this version exchanges through shared memory only. Run on one node.");
@@ -175,8 +190,8 @@ Center::Center(Comm& comm, Layout layout, Rule rule)
   bytes_ = memory_bytes(layout_, rule_.slots(), ranks_);
   stride_ = round_up(layout_.block_bytes() * (1 + rule_.slots()), Layout::kAlignment);
 
-  if (ranks_ == 1) {  // shared all the same: a forked child sees the center, not a copy
-    base_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (ranks_ == 1) {
+    base_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base_ == MAP_FAILED) throw std::bad_alloc();
   } else {
     const MPI_Aint own = comm.node_rank() == 0 ? static_cast<MPI_Aint>(bytes_) : 0;
@@ -265,7 +280,7 @@ std::uint64_t Center::recoveries() const {
 }
 
 void Center::detach() {
-  if (!attached_) return;
+  if (!attached_ || getpid() != process_) return;
   attached_ = false;
   if (header_->attached.fetch_sub(1) > 1 || ranks_ == 1) return;
   // The window can only go collectively, at exit; its pages need not wait for that. Where the window is not in a
@@ -275,7 +290,13 @@ void Center::detach() {
   if (blocks < end) madvise(blocks, static_cast<std::size_t>(end - blocks) / kPage * kPage, MADV_REMOVE);
 }
 
-void Center::free() {
+void Center::free(Comm& comm) {
+  const auto pushes = [this] {
+    std::uint64_t sum = 0;
+    for (std::size_t b = 0; b < layout_.blocks(); ++b) sum += headers_[b].state.load(std::memory_order_relaxed);
+    return sum;
+  };
+  comm.barrier("has ended and waits for the other ranks to end", pushes);
   if (window_ == MPI_WIN_NULL) return;
   check(MPI_Win_unlock_all(window_), rank_, "MPI_Win_unlock_all");
   check(MPI_Win_free(&window_), rank_, "MPI_Win_free");

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <pthread.h>
+#include <sys/types.h>
 
 #include <atomic>
 #include <cstddef>
@@ -54,7 +55,7 @@ class Layout {
   std::vector<std::size_t> first_part_;  // of each block, and the end
 };
 
-/// A place in the pass where the tests end the process (see die_at).
+/// A place in the pass where tests stop or end the process (see signal_at).
 enum class Stage : int { none, half_written, written, committed };
 
 class Center {
@@ -95,7 +96,7 @@ class Center {
   int ranks() const { return ranks_; }
   std::size_t slot_stride() const { return layout_.block_bytes(); }
 
-  /// Waits for the lock, asleep, as the stall limits allow.
+  /// Waits for the lock, asleep, as the stall limits allow. UsageError in a forked child.
   Block lock(std::size_t block);
   /// Empty if another holds the lock.
   std::optional<Block> try_lock(std::size_t block);
@@ -113,12 +114,14 @@ class Center {
 
   /// This process has no more use for the center. Local; when it was the last, the pages go back to the system.
   void detach();
-  /// Collective over the node, after detach(): releases the window.
-  void free();
+  /// Collective, after detach(). Waits, asleep, until all ranks have come, however long they go on pushing; then
+  /// releases the window.
+  void free(Comm& comm);
 
  private:
   struct BlockHeader;
   struct Header;
+  void check_process() const;
   void lock_failed(std::size_t block, int code) const;
   void recover(std::size_t block);
   std::byte* physical(std::uint64_t index) const;
@@ -127,6 +130,7 @@ class Center {
   Rule rule_;
   int rank_, ranks_;
   StallLimits limits_;
+  pid_t process_;  // that owns the spare
   MPI_Win window_ = MPI_WIN_NULL;
   void* base_ = nullptr;
   std::size_t bytes_ = 0;
@@ -139,9 +143,9 @@ class Center {
   bool attached_ = false;
 };
 
-/// For tests of crashes: SIGKILL this process when it next reaches this stage of a pass over this block.
-void die_at(Stage stage, std::size_t block);
-/// Called by the pass; ends the process if die_at() said so.
+/// For tests of crashes and stalls: raise a signal when this process reaches this stage of a pass over this block.
+void signal_at(Stage stage, std::size_t block, int signal);
+/// Called by the pass.
 void reach(Stage stage, std::size_t block);
 
 }  // namespace hvd_agn

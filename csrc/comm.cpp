@@ -45,7 +45,7 @@ Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits) {
   check(MPI_Comm_rank(parent, &rank_), -1, "MPI_Comm_rank");
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Comm_idup(parent, &comm_, &request), rank_, "MPI_Comm_idup");
-  wait(&request, "waits for every rank to create its center; a rank that never does holds up the others");
+  wait(&request, "waits for every rank to create its center; a rank that never does holds up the others", nullptr);
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), rank_, "MPI_Comm_set_errhandler");
   check(MPI_Comm_size(comm_, &size_), rank_, "MPI_Comm_size");
   check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node_), rank_, "MPI_Comm_split_type");
@@ -54,22 +54,27 @@ Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits) {
   check(MPI_Comm_size(node_, &node_size_), rank_, "MPI_Comm_size");
 }
 
-void Comm::wait(MPI_Request* request, const std::string& what) {
+void Comm::wait(MPI_Request* request, const std::string& what, const std::function<std::uint64_t()>& progress) {
   StallWatch watch(limits_, rank_);
+  std::uint64_t count = progress ? progress() : 0;
   auto nap = std::chrono::microseconds(20);
   for (int done = 0;;) {
     check(MPI_Test(request, &done, MPI_STATUS_IGNORE), rank_, "MPI_Test");
     if (done) return;
+    if (progress && progress() != count) {
+      count = progress();
+      watch.restart();
+    }
     watch.poll([&] { return what; });
     std::this_thread::sleep_for(nap);
     nap = std::min(nap * 2, std::chrono::microseconds(10000));
   }
 }
 
-void Comm::barrier(const std::string& what) {
+void Comm::barrier(const std::string& what, const std::function<std::uint64_t()>& progress) {
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Ibarrier(comm_, &request), rank_, "MPI_Ibarrier");
-  wait(&request, what);
+  wait(&request, what, progress);
 }
 
 void Comm::free() {

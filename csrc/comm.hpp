@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "error.hpp"
@@ -24,6 +25,12 @@ struct StallLimits {
 class StallWatch {
  public:
   StallWatch(StallLimits limits, int rank) : limits_(limits), rank_(rank) {}
+
+  /// There was progress: the limits run from now on.
+  void restart() {
+    start_ = std::chrono::steady_clock::now();
+    warnings_ = 0;
+  }
 
   /// Seconds until the next warning or error is due (an hour when there are none).
   double next() const;
@@ -66,13 +73,14 @@ class Comm {
   StallLimits limits() const { return limits_; }
 
   /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train.
-  void barrier(const std::string& what);
+  /// `progress`: a count that shows that the others are at work; the stall limits run from its last change.
+  void barrier(const std::string& what, const std::function<std::uint64_t()>& progress = nullptr);
 
   /// Collective; no call may follow.
   void free();
 
  private:
-  void wait(MPI_Request* request, const std::string& what);
+  void wait(MPI_Request* request, const std::string& what, const std::function<std::uint64_t()>& progress);
 
   StallLimits limits_;
   MPI_Comm comm_ = MPI_COMM_NULL;

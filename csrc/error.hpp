@@ -18,6 +18,11 @@ struct StallError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// A call that makes no sense in this process or now.
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// The arguments in their text form, one after another.
 template <class... Args>
 std::string concat(const Args&... args) {

@@ -90,24 +90,25 @@ std::size_t Client::exchange(double steps) {
     ++stats_.pushes_refused;
     return segment;
   }
-  anchor_range_ = Range::normal;
   // Ranks start apart, and put off a block that another holds, so that none queues behind another.
+  Range range = Range::normal;
   const std::size_t blocks = seen_.size();
   busy_.clear();
   for (std::size_t i = 0; i < blocks; ++i) {
     const std::size_t b = (first_block() + i) % blocks;
     if (auto block = center_->try_lock(b))
-      exchange_block(std::move(*block), b, steps);
+      range = std::max(range, exchange_block(std::move(*block), b, steps));
     else
       busy_.push_back(b);
   }
-  for (const std::size_t b : busy_) exchange_block(center_->lock(b), b, steps);
+  for (const std::size_t b : busy_) range = std::max(range, exchange_block(center_->lock(b), b, steps));
+  anchor_range_ = range;
   ++stats_.exchanges;
   stats_.bytes += 2 * push_bytes_;
   return kAccepted;
 }
 
-void Client::exchange_block(Center::Block block, std::size_t index, double steps) {
+Range Client::exchange_block(Center::Block block, std::size_t index, double steps) {
   const Layout& layout = center_->layout();
   const std::uint64_t version = block.version();
   Range range = Range::normal;
@@ -116,7 +117,7 @@ void Client::exchange_block(Center::Block block, std::size_t index, double steps
     const Piece p = piece(*part, block.data(), block.spare(), true);
     range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), version == 0, steps, p));
   }
-  const std::uint64_t staleness = version - seen_[index];
+  const std::uint64_t staleness = version > seen_[index] ? version - seen_[index] : 0;  // load() may set it back
   stats_.staleness_sum += staleness;
   stats_.staleness_max = std::max(stats_.staleness_max, staleness);
   ++stats_.staleness_histogram[std::min<std::uint64_t>(staleness, Stats::kStalenessBins - 1)];
@@ -127,7 +128,8 @@ void Client::exchange_block(Center::Block block, std::size_t index, double steps
     block.commit(version + 1);
     seen_[index] = version + 1;
   }
-  anchor_range_ = std::max(anchor_range_, range);
+  anchor_range_ = std::max(anchor_range_, range);  // should a later block fail
+  return range;
 }
 
 Range Client::copy_block(const Center::Block& block, std::size_t index, bool with_anchor) {

@@ -64,7 +64,7 @@ class Client {
  private:
   std::size_t first_block() const;
   std::size_t find_nonfinite() const;
-  void exchange_block(Center::Block block, std::size_t index, double steps);
+  Range exchange_block(Center::Block block, std::size_t index, double steps);
   Range copy_block(const Center::Block& block, std::size_t index, bool with_anchor);
   void copy_all(bool with_anchor);
   Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out, bool with_anchor) const;
@@ -74,9 +74,9 @@ class Client {
   std::vector<Buffer> buffers_;
   std::vector<std::byte> anchor_;
   std::vector<std::size_t> anchor_offset_;
-  std::vector<std::uint64_t> seen_;  // version of each block as last pulled
-  std::vector<std::size_t> busy_;    // blocks put off because another held them
-  Range anchor_range_ = Range::normal;
+  std::vector<std::uint64_t> seen_;     // version of each block as last pulled
+  std::vector<std::size_t> busy_;       // blocks put off because another held them
+  Range anchor_range_ = Range::normal;  // at least that of every element
   Stats stats_;
   std::size_t push_bytes_ = 0;
 };

@@ -49,6 +49,10 @@ struct Kernels {
   void (*widen)(DType, const void* values, std::byte* out, std::size_t count);
 };
 
+/// The set in use: the best one for this processor.
 const Kernels& kernels();
+
+/// For tests: use the set of that name. False if this processor or build has none.
+bool use_kernels(const char* name);
 
 }  // namespace hvd_agn

@@ -1,3 +1,7 @@
+#include <atomic>
+#include <cstring>
+#include <vector>
+
 #include "kernels.hpp"
 
 namespace hvd_agn {
@@ -12,12 +16,33 @@ extern const Kernels set;
 }
 #endif
 
-const Kernels& kernels() {
+namespace {
+
+/// Best first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> sets;
 #if defined(HVD_AGN_HAVE_AVX2)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  if (has_avx2) return avx2::set;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) sets.push_back(&avx2::set);
 #endif
-  return baseline::set;
+  sets.push_back(&baseline::set);
+  return sets;
+}
+
+std::atomic<const Kernels*> in_use{available().front()};
+
+}  // namespace
+
+const Kernels& kernels() {
+  return *in_use.load(std::memory_order_relaxed);
+}
+
+bool use_kernels(const char* name) {
+  for (const Kernels* set : available()) {
+    if (std::strcmp(name, set->name) != 0) continue;
+    in_use.store(set);
+    return true;
+  }
+  return false;
 }
 
 }  // namespace hvd_agn

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import nn
 from tqdm import tqdm
 
 import hvd_agn.torch as agn  # AGN
+
+# isort: split
+from mpi4py import MPI
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

@@ -13,8 +13,10 @@ except ModuleNotFoundError as error:
         "`pip install -e .`, or run from another directory."
     ) from None
 
-from . import errors, rules
+from . import errors, mpi, rules
 from .center import Center, Client, Stats
+
+mpi.prepare()
 
 __version__ = "0.1.0"
 __all__ = ["Center", "Client", "Stats", "__version__", "errors", "rules"]

@@ -8,21 +8,29 @@ from typing import Annotated
 
 from numpy.typing import NDArray
 
+
 class Comm:
     """The plugin's duplicate of a communicator."""
 
     def __init__(self, handle: int, stall_seconds: float, stall_abort_seconds: float) -> None: ...
+
     @property
     def handle(self) -> int: ...
+
     @property
     def rank(self) -> int: ...
+
     @property
     def size(self) -> int: ...
+
     @property
     def node_rank(self) -> int: ...
+
     @property
     def node_size(self) -> int: ...
+
     def barrier(self, what: str) -> None: ...
+
     def free(self) -> None: ...
 
 class Rule:
@@ -30,8 +38,10 @@ class Rule:
 
     @staticmethod
     def add(scale: float) -> Rule: ...
+
     @staticmethod
     def sgd(lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> Rule: ...
+
     @property
     def slots(self) -> int: ...
 
@@ -39,33 +49,45 @@ class Layout:
     """Where the arrays lie in the center's blocks."""
 
     def __init__(self, counts: Sequence[int], dtypes: Sequence[str], block_bytes: int) -> None: ...
+
     @property
     def blocks(self) -> int: ...
+
     def memory_bytes(self, rule: Rule, ranks: int) -> int: ...
 
 class Center:
     """Shared parameters in the host's memory."""
 
     def __init__(self, comm: Comm, layout: Layout, rule: Rule) -> None: ...
-    def read(self, planes: Sequence[Sequence[Annotated[NDArray, dict(device="cpu")]]]) -> int: ...
-    def write(self, planes: Sequence[Sequence[Annotated[NDArray, dict(device="cpu")]]], version: int) -> None: ...
+
+    def read(self, planes: Sequence[Sequence[Annotated[NDArray, dict(device='cpu')]]]) -> int: ...
+
+    def write(self, planes: Sequence[Sequence[Annotated[NDArray, dict(device='cpu')]]], version: int) -> None: ...
+
     @property
     def version(self) -> int: ...
+
     @property
     def recoveries(self) -> int: ...
+
     def detach(self) -> None: ...
-    def free(self) -> None: ...
+
+    def free(self, comm: Comm) -> None: ...
 
 class Buffer:
     """Address, size and type of a contiguous array."""
 
-    def __init__(self, array: Annotated[NDArray, dict(device="cpu")]) -> None: ...
+    def __init__(self, array: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+
     @property
     def address(self) -> int: ...
+
     @property
     def count(self) -> int: ...
+
     @property
     def nbytes(self) -> int: ...
+
     @property
     def dtype(self) -> str: ...
 
@@ -73,23 +95,30 @@ class Client:
     """One worker's arrays and anchor."""
 
     def __init__(self, center: Center, buffers: Sequence[Buffer]) -> None: ...
+
     def bind(self, index: int, buffer: Buffer) -> None: ...
+
     def exchange(self, steps: float) -> int:
         """Index of the array whose delta was refused, or -1."""
 
     def pull(self) -> None: ...
+
     def peek(self) -> None: ...
-    def read_anchor(self, index: int, values: Annotated[NDArray, dict(device="cpu")]) -> None: ...
-    def write_anchor(self, index: int, values: Annotated[NDArray, dict(device="cpu")]) -> None: ...
+
+    def read_anchor(self, index: int, values: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+
+    def write_anchor(self, index: int, values: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+
     def stats(self) -> dict: ...
+
     @property
     def extra_bytes(self) -> int: ...
 
-def widen(buffers: Sequence[Buffer], arrays: Sequence[Annotated[NDArray, dict(device="cpu")]]) -> None:
+def widen(buffers: Sequence[Buffer], arrays: Sequence[Annotated[NDArray, dict(device='cpu')]]) -> None:
     """Copies buffers to arrays in the center's dtypes."""
 
 class Stage(enum.Enum):
-    """Places of a pass at which a test can end the process."""
+    """Places of a pass at which a test can stop the process."""
 
     none = 0
 
@@ -99,8 +128,10 @@ class Stage(enum.Enum):
 
     committed = 3
 
-def die_at(stage: Stage, block: int) -> None:
-    """For tests of crashes: SIGKILL this process at a stage of a pass."""
+def signal_at(stage: Stage, block: int, signal: int) -> None:
+    """
+    For tests: raise a signal when this process reaches a stage of a pass over a block.
+    """
 
 def time_private_pass(count: int, block_bytes: int, repeats: int) -> list[float]:
     """Seconds of each run of the fused pass over private memory."""
@@ -108,12 +139,18 @@ def time_private_pass(count: int, block_bytes: int, repeats: int) -> list[float]
 def kernels() -> str:
     """Instruction set of the loops in use."""
 
+def use_kernels(name: str) -> bool:
+    """For tests: use another instruction set; false if it is not here."""
+
 def compiler() -> str:
     """Compiler and flags of this build."""
 
 def mpi_library_version() -> str: ...
+
 def mpi_thread_level() -> str: ...
+
 def mpi_init_address() -> int: ...
+
 def library_of(address: int) -> str: ...
 
 cuda: bool = False

@@ -10,10 +10,10 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
 import safetensors
@@ -36,6 +36,21 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, Any] | Sequence[Any]
 
+_FILE_FORMAT = "hvd_agn center 1"
+
+
+class Owner(Protocol):
+    """An optimizer that trains on a center's arrays."""
+
+    def flush(self) -> None:
+        """Push what is left: the center closes."""
+
+    def pull(self) -> None:
+        """Take over the center: it was loaded."""
+
+    def check_open(self, call: str) -> None:
+        """Raise UsageError if this call makes no sense now."""
+
 
 class Stats(TypedDict):
     """What one client has done. Staleness counts pushes of blocks: by others, between a pull and the next push."""
@@ -47,14 +62,15 @@ class Stats(TypedDict):
     blocks_refused: int
     """Blocks left as they were because the rule would have overflowed there."""
     pulls: int
+    """Calls of ``pull()``, and those after a refused push."""
     staleness_mean: float
     staleness_max: int
     staleness_histogram: list[int]
     """Element t: block pushes of staleness t; element 64: of 64 and more."""
     exchange_seconds: float
-    """Spent in exchanges and pulls."""
+    """Spent in exchanges, pulls and looks at the center."""
     bytes: int
-    """Of parameters, pushed and pulled."""
+    """Of parameters, pushed and pulled, the first copy included."""
     center_version: int
     """Pushes that every block of the center has had, from all workers."""
 
@@ -188,7 +204,7 @@ class Center:
         self._on_nonfinite = on_nonfinite
         self._native: _core.Center | None = None
         self._clients: list[Client] = []
-        self._before_close: Callable[[], object] | None = None
+        self._owner: Owner | None = None
         self._serial = next(_serials)
 
         MPI = mpi.initialize()
@@ -203,10 +219,11 @@ class Center:
         error: Exception | None = None
         try:  # a rank that fails alone would leave the others waiting: all learn of it first
             self._names, self._shapes, values, signature = self._describe(arrays)
+            wide = self._initial(values, signature)
         except (AGNError, TypeError) as failure:
             error = failure
         self._agree(error, signature)
-        self._allocate(values, signature)
+        self._allocate(wide)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
         """The client of this rank's ``arrays``."""
 
@@ -239,9 +256,20 @@ class Center:
             self._comm.free()
             raise error or first
 
-    def _allocate(self, values: list[Any], signature: list[tuple[Any, ...]]) -> None:
+    def _initial(self, values: list[Any], signature: list[tuple[Any, ...]]) -> list[np.ndarray]:
+        """Rank 0's values in the center's types; on other ranks nothing."""
+        self._dtypes = [entry[2] for entry in signature[: len(values)]]
+        if self._comm.rank != 0:
+            return []
+        wide = [np.empty(shape, dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
+        _core.widen(register(self._names, values), wide)
+        for name, array in zip(self._names, wide, strict=True):
+            if not np.isfinite(array).all():
+                raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on rank 0.")
+        return wide
+
+    def _allocate(self, wide: list[np.ndarray]) -> None:
         counts = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
-        self._dtypes = [entry[2] for entry in signature[: len(counts)]]
         layout = _core.Layout(counts, self._dtypes, int(config.BLOCK_BYTES.read()))
         native_rule = self.rule._native()
         self.nbytes = layout.memory_bytes(native_rule, self._comm.size)
@@ -258,8 +286,6 @@ class Center:
         self._native = _core.Center(self._comm, layout, native_rule)
         _register_at_exit(self)
         if self._comm.rank == 0:
-            wide = [np.empty(shape, dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
-            _core.widen(register(self._names, values), wide)
             self._native.write([wide], 0)
         self._comm.barrier("waits for rank 0 to write its parameters to the center")
 
@@ -288,14 +314,20 @@ class Center:
         return made
 
     def exchange(self, steps: float = 1) -> bool:
-        """As :meth:`Client.exchange`, for this center's arrays."""
+        """As :meth:`Client.exchange`, for this center's arrays.
+
+        Raises:
+            UsageError: an optimizer owns this center, and counts its steps.
+        """
         self._open()
+        if self._owner is not None:
+            raise UsageError(f"{self.label}: this center is an optimizer's. Call its step() or flush().")
         return self.arrays_client.exchange(steps)
 
     def pull(self) -> None:
-        """As :meth:`Client.pull`, for this center's arrays."""
+        """As :meth:`Client.pull`, for this center's arrays, or the optimizer's that owns it."""
         self._open()
-        self.arrays_client.pull()
+        (self._owner or self.arrays_client).pull()
 
     def stats(self) -> Stats:
         """As :meth:`Client.stats`, for this center's arrays."""
@@ -354,7 +386,7 @@ class Center:
         tensors = dict(center)
         for slot, arrays in slots.items():
             tensors |= {f"slot/{slot}/{name}": array for name, array in arrays.items()}
-        metadata = {"format": "hvd_agn center 1", "rule": repr(self.rule), "version": str(version)}
+        metadata = {"format": _FILE_FORMAT, "rule": repr(self.rule), "version": str(version)}
         path = Path(path)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
@@ -371,22 +403,28 @@ class Center:
         Rank 0 reads; then every rank pulls. Restore a worker's own parameters and optimizer state after this.
 
         Raises:
-            CheckpointError: on every rank; the file is missing, damaged, or of other arrays or another kind of rule.
+            CheckpointError: on every rank; the file is missing, damaged, or of other arrays or a rule with other
+                slots.
         """
         native = self._open()
+        if self._owner is not None:
+            self._owner.check_open("Center.load()")
         self._comm.barrier("waits for all ranks to call Center.load")
         error: CheckpointError | None = None
         if self._comm.rank == 0:
             try:
-                planes, version = self._read_file(Path(path))
-                native.write(planes, version)
+                native.write(*self._read_file(Path(path)))
             except CheckpointError as failure:
                 error = failure
+            except Exception as failure:  # the other ranks wait to hear of it
+                error = CheckpointError(f"{self.label}: {path} cannot be loaded: {failure!r}.")
         error = self._mpi_comm.bcast(error, root=0)
         if error is not None:
             raise error
         for client in self._clients:
             client.pull()
+        if self._owner is not None:
+            self._owner.pull()
 
     def _read_file(self, path: Path) -> tuple[list[list[np.ndarray]], int]:
         try:
@@ -397,7 +435,7 @@ class Center:
             raise CheckpointError(
                 f"{self.label}: cannot read {path}: {failure}. Give a file that save() wrote."
             ) from None
-        if not metadata.get("format", "").startswith("hvd_agn center"):
+        if metadata.get("format") != _FILE_FORMAT or not metadata.get("version", "").isdigit():
             raise CheckpointError(f"{self.label}: {path} was not written by Center.save().")
         prefixes = [""] + [f"slot/{slot}/" for slot in self.rule.active_slots()]
         planes = []
@@ -411,6 +449,8 @@ class Center:
                         f"{self.label}: in {path}, {prefix + name!r} {what}; expected {dtype}{list(shape)}, with "
                         f"rule {self.rule}. The file has rule {metadata.get('rule')}."
                     )
+                if not np.isfinite(found).all():
+                    raise CheckpointError(f"{self.label}: in {path}, {prefix + name!r} has a NaN or an Inf.")
                 plane.append(np.ascontiguousarray(found).reshape(shape))
             planes.append(plane)
         if tensors:
@@ -419,9 +459,9 @@ class Center:
 
     # ---- end
 
-    def before_close(self, callback: Callable[[], object]) -> None:
-        """Call this once when the center closes, at exit at the latest: the place to push what is left."""
-        self._before_close = callback
+    def own(self, owner: Owner) -> None:
+        """Hand the center's arrays to an optimizer, which is told of what happens to the center."""
+        self._owner = owner
 
     def close(self) -> None:
         """This rank is done with the center. Waits for nobody; a second call does nothing.
@@ -430,16 +470,19 @@ class Center:
         """
         if self._native is None:
             return
-        callback, self._before_close = self._before_close, None
+        owner, self._owner = self._owner, None
         try:
-            if callback is not None:
-                callback()
+            if owner is not None:
+                owner.flush()
         finally:
             for client in self._clients:
                 client._close()
             self._clients.clear()
             self._native.detach()
-            _finished.append((self._serial, self._comm, self._native))
+            if self._comm.size > 1:
+                _finished.append((self._serial, self._comm, self._native))
+            else:
+                self._comm.free()
             self._native = None
             _centers.remove(self)
 
@@ -519,8 +562,8 @@ def _finish() -> None:
         except Exception as error:  # the others are closed all the same
             print(f"{center.label}: closing failed: {error}", file=sys.stderr)
     failure = getattr(sys, "last_type", None)
-    comm = _finished[0][1]
-    if failure is not None and comm.size > 1:
+    if failure is not None and _finished:
+        comm = _finished[0][1]
         print(
             f"[rank {comm.rank}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays in the center "
             "and the other ranks go on; this one waits for them to end.",
@@ -529,9 +572,12 @@ def _finish() -> None:
         )
     try:
         for _, comm, memory in sorted(_finished, key=lambda entry: entry[0]):
-            comm.barrier("has ended and waits for the other ranks to end")
-            memory.free()
+            memory.free(comm)
             comm.free()
     except AGNError as error:
-        print(f"hvd_agn: {error}", file=sys.stderr)
+        # MPI_Finalize would wait for the same ranks, without a limit.
+        print(error, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     _finished.clear()

@@ -61,7 +61,7 @@ def _attempt(subject: str, probe: Callable[[], Line]) -> Line:
 
 def _environment() -> Line:
     config.check_environment()
-    chosen = [f"{v.name}={v.read():g}" for v in config.VARIABLES if v.name in os.environ]
+    chosen = [f"{v.name}={os.environ[v.name]}" for v in config.VARIABLES if v.name in os.environ]
     return Line("environment", ", ".join(chosen) or "no HVD_AGN_ variable is set")
 
 

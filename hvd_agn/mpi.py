@@ -18,24 +18,29 @@ def core_library() -> str:
     return _core.library_of(_core.mpi_init_address())
 
 
+def prepare() -> None:
+    """Set, unless the user has, what Open MPI reads at start-up: for whoever starts MPI after ``import hvd_agn``.
+
+    Its place, if it came in a wheel and there is no mpirun to tell it; and yielding instead of busy polling where the
+    launcher put more ranks on this node than it has cores.
+    """
+    if "Open MPI" not in _core.mpi_library_version():
+        return
+    prefix = Path(core_library()).parent.parent
+    if prefix == Path(sys.prefix):
+        os.environ.setdefault("OPAL_PREFIX", str(prefix))
+    if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > (os.cpu_count() or 1):
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
 def initialize() -> ModuleType:
     """``mpi4py.MPI``, with MPI initialised and fit for use by the core.
-
-    Sets, unless the user has, what Open MPI needs and reads only at start-up: its place if it came in a wheel, and
-    yielding instead of busy polling where the launcher put more ranks on this node than it has cores.
 
     Raises:
         LaunchError: no MPI, two different MPIs, MPI already finalised, no ``MPI_THREAD_MULTIPLE``, or a launcher that
             started more processes than MPI knows of.
     """
     library = core_library()
-    if "Open MPI" in _core.mpi_library_version():
-        prefix = Path(library).parent.parent
-        if prefix == Path(sys.prefix):
-            os.environ.setdefault("OPAL_PREFIX", str(prefix))
-        local_ranks = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-        if local_ranks > len(os.sched_getaffinity(0)) or local_ranks > (os.cpu_count() or 1):
-            os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -51,8 +56,8 @@ def initialize() -> ModuleType:
     level = _core.mpi_thread_level()
     if level != "multiple":
         raise LaunchError(
-            f"MPI runs at thread level {level!r}, hvd_agn needs 'multiple': import hvd_agn before anything that "
-            "initialises MPI, and leave mpi4py.rc.thread_level and MPI4PY_RC_THREAD_LEVEL at 'multiple'."
+            f"MPI runs at thread level {level!r}, hvd_agn needs 'multiple': let `import mpi4py.MPI` start MPI, before "
+            "anything else does, and leave mpi4py.rc.thread_level and MPI4PY_RC_THREAD_LEVEL at 'multiple'."
         )
     _check_rank_count(MPI, library)
     return MPI
@@ -89,8 +94,8 @@ def _check_rank_count(MPI: ModuleType, library: str) -> None:
     for name, launched in launched_ranks().items():
         if launched > size:
             raise LaunchError(
-                f"{name} says {launched} ranks, MPI says {size}: these processes were started by a launcher that does not "
-                f"belong to {library} ({_first_line(_core.mpi_library_version())}), or without MPI "
+                f"{name} says {launched} ranks, MPI says {size}: these processes were started by a launcher that does "
+                f"not belong to {library} ({_first_line(_core.mpi_library_version())}), or without MPI "
                 f"(horovodrun --gloo). {HOW_TO_LAUNCH} of that MPI."
             )
 

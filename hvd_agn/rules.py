@@ -17,6 +17,11 @@ class Rule:
     slots: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that rules of this type may keep at the center, each as large as the center."""
 
+    @property
+    def factor(self) -> float:
+        """How far the center moves for a delta of 1, without momentum."""
+        raise TypeError(f"{type(self).__name__} is not a rule: use hvd_agn.rules.Add or hvd_agn.rules.SGD.")
+
     def _native(self) -> _core.Rule:
         raise TypeError(f"{type(self).__name__} is not a rule: use hvd_agn.rules.Add or hvd_agn.rules.SGD.")
 
@@ -39,6 +44,10 @@ class Add(Rule):
 
     def __post_init__(self) -> None:
         _finite(self, "scale")
+
+    @property
+    def factor(self) -> float:  # noqa: D102 (inherited)
+        return abs(self.scale)
 
     def _native(self) -> _core.Rule:
         return _core.Rule.add(self.scale)
@@ -77,6 +86,10 @@ class SGD(Rule):
                 raise ConfigError(f"rules.SGD: {name}={getattr(self, name)}: give 0 or more.")
         if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
             raise ConfigError("rules.SGD: nesterov=True needs momentum > 0 and dampening=0.")
+
+    @property
+    def factor(self) -> float:  # noqa: D102 (inherited)
+        return self.lr
 
     def _native(self) -> _core.Rule:
         return _core.Rule.sgd(self.lr, self.momentum, self.dampening, self.weight_decay, self.nesterov)

@@ -3,6 +3,7 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,18 +104,19 @@ class AGNOptimizer(torch.optim.Optimizer):
         """The :class:`hvd_agn.Center`: save, load, snapshot."""
         self._client = self.center.arrays_client
         self._write_back()
-        self.center.before_close(self.flush)
+        self.center.own(self)
         self._warn_if_stale()
 
     def _warn_if_stale(self) -> None:
-        ratio = self.center.size / self.communication_period
+        factor = self.center.rule.factor
+        ratio = factor * self.center.size / self.communication_period
         if ratio > config.STALENESS_LIMIT and self.center.rank == 0:
-            least = -(-self.center.size // int(config.STALENESS_LIMIT))
+            period = math.ceil(factor * self.center.size / config.STALENESS_LIMIT)
             warnings.warn(
-                f"{self.center.label}: {self.center.size} workers with a communication period of "
-                f"{self.communication_period} is {ratio:.1f} workers per step of the period; published runs of AGN "
-                f"diverge above about 2.5. Use communication_period={least} or more, or a rule with a smaller factor "
-                f"(rules.Add(scale={config.STALENESS_LIMIT / ratio:.2g})).",
+                f"{self.center.label}: {self.center.size} workers, a communication period of "
+                f"{self.communication_period} and {self.center.rule} move the center by {ratio:.1f} mean updates per "
+                f"step; published runs of AGN diverge above about 2.5. Use communication_period={period} or more, or "
+                f"a rule with {factor * config.STALENESS_LIMIT / ratio:.2g} for {factor:g}.",
                 StalenessWarning,
                 stacklevel=3,
             )
@@ -151,6 +153,28 @@ class AGNOptimizer(torch.optim.Optimizer):
             "this AGNOptimizer, add the group to the optimizer inside it, and wrap that again, on every rank."
         )
 
+    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped optimizer's, as the next three are: its ``state_dict`` is the one that is called."""
+        return self.optimizer.register_state_dict_pre_hook(*args, **kwargs)
+
+    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped optimizer's."""
+        return self.optimizer.register_state_dict_post_hook(*args, **kwargs)
+
+    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped optimizer's."""
+        return self.optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
+
+    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped optimizer's."""
+        return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise UsageError(
+            f"{self.center.label}: an AGNOptimizer cannot be copied or pickled, the center is shared memory. Use "
+            "state_dict(), or copy the optimizer inside it."
+        )
+
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """One local step, and at the end of a period an exchange.
 
@@ -165,7 +189,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             LayoutError: a parameter has changed its shape or type, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
-        self._check_open("step()")
+        self.check_open("step()")
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         self._steps += 1
         self._steps_since_exchange += 1
@@ -177,13 +201,13 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def flush(self) -> None:
         """Push the steps taken since the last exchange, if any, and pull. Waits for nobody."""
-        self._check_open("flush()")
+        self.check_open("flush()")
         if self._steps_since_exchange > 0:
             self._exchange()
 
     def pull(self) -> None:
         """Set the parameters to the center. Steps not yet pushed are dropped; ``flush()`` keeps them."""
-        self._check_open("pull()")
+        self.check_open("pull()")
         self._read()
         self._client.pull()
         self._write_back()
@@ -195,7 +219,7 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         Takes a copy of the parameters for as long. Buffers, such as those of batch norm, stay local.
         """
-        self._check_open("center_weights()")
+        self.check_open("center_weights()")
         with torch.no_grad():
             local = [e.parameter.detach().clone() for e in self._exchanged]
         self._read()
@@ -219,7 +243,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         Returns:
             Tensors of the parameters' own dtype and device; buffers and other parameters are the model's.
         """
-        self._check_open("center_state_dict()")
+        self.check_open("center_state_dict()")
         center = self.center.snapshot()
         names = {id(e.parameter): e.name for e in self._exchanged}
         state = model.state_dict()
@@ -231,7 +255,7 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def stats(self) -> Stats:
         """What this worker has exchanged so far, see :class:`hvd_agn.Stats`."""
-        self._check_open("stats()")
+        self.check_open("stats()")
         return self._client.stats()
 
     def close(self) -> None:
@@ -241,7 +265,8 @@ class AGNOptimizer(torch.optim.Optimizer):
         """
         self.center.close()
 
-    def _check_open(self, call: str) -> None:
+    def check_open(self, call: str) -> None:
+        """Raise UsageError after ``close()`` or inside ``center_weights()``; ``call`` is named in the message."""
         if self._viewing_center:
             raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
         self.center.check_open()
@@ -308,7 +333,7 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         The center is saved by ``opt.center.save(path)``.
         """
-        self._check_open("state_dict()")
+        self.check_open("state_dict()")
         anchor = {}
         for index, e in enumerate(self._exchanged):
             anchor[e.name] = torch.empty(e.shape, dtype=e.dtype)
@@ -334,7 +359,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: the anchor is of other parameters; nothing was restored.
         """
-        self._check_open("load_state_dict()")
+        self.check_open("load_state_dict()")
         inner = dict(state_dict)
         own = inner.pop(_STATE_KEY, None)
         mine = own is not None and (own["rank"], own["size"]) == (self.center.rank, self.center.size)

@@ -1,0 +1,181 @@
+"""Ranks that are killed or stopped in the middle of a pass: blocks stay whole, locks are taken over, waits end."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+
+from hvd_agn import Center, _core, rules
+from hvd_agn.errors import StallError, UsageError
+
+BLOCK = 256  # float32 elements in a block of 1024 bytes
+BLOCKS = 3
+STAGES = ["half_written", "written", "committed"]
+RULES = {"add": rules.Add(), "momentum": rules.SGD(lr=1.0, momentum=0.5)}
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 30 s for {what}"
+        time.sleep(0.005)
+
+
+def state(pid):
+    """Of a process: R, S, T, Z ..., or X if there is none."""
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def arrays_of(blocks):
+    """Two in each block, so that a block can be half written."""
+    return [np.zeros(BLOCK // 2, np.float32) for _ in range(2 * blocks)]
+
+
+def add_one(arrays):
+    for array in arrays:
+        array += 1
+
+
+def in_blocks(arrays):
+    return np.concatenate([a.ravel() for a in arrays]).reshape(-1, BLOCK)
+
+
+def die_in_the_pass(rule, stage, block):
+    """Rank 1 adds 1 to all and is killed over a block; rank 0 looks, and exchanges over it."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    arrays = arrays_of(BLOCKS)
+    center = Center(arrays, RULES[rule])
+    pids = comm.allgather(os.getpid())
+    add_one(arrays)
+    first = BLOCKS // 2  # of rank 1 of 2
+    if comm.rank == 1:
+        _core.signal_at(getattr(_core.Stage, stage), (first + block) % BLOCKS, signal.SIGKILL)
+        center.exchange(1)
+        raise AssertionError("still alive")
+    wait_until(lambda: state(pids[1]) in "XZ", "the end of rank 1")
+    values = np.zeros((BLOCKS, BLOCK))
+    for i in range(block + (stage == "committed")):  # the blocks that it had committed
+        values[(first + i) % BLOCKS] = 1
+    np.testing.assert_array_equal(in_blocks(center.snapshot().values()), values)
+    assert center._native.recoveries == 1
+    center.exchange(1)
+    second = np.where(values == 1, 1.5, 1) if rule == "momentum" else 1  # the momentum of the dead lives on
+    np.testing.assert_array_equal(in_blocks(arrays), values + second)
+    np.testing.assert_array_equal(in_blocks(center.snapshot().values()), values + second)
+    return "checked"
+
+
+@pytest.mark.parametrize("block", [0, 1, BLOCKS - 1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_rank_leaves_blocks_whole(stage, block):
+    rule = "momentum" if block == 1 else "add"
+    assert on_ranks(2, die_in_the_pass, rule, stage, block, expect_death=True) == ["checked", None]
+
+
+def die_at_any_moment(seed):
+    """All push 1 for ever; rank 0 kills the last rank, whatever it is doing, and checks that every push counts 1."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    arrays = arrays_of(400)
+    center = Center(arrays)
+    pids = comm.allgather(os.getpid())
+    own = 0
+    last = comm.rank == comm.size - 1
+    while last or own < 100:
+        if comm.rank == 0 and own == 30:
+            time.sleep(np.random.default_rng(seed).random() * 0.01)
+            os.kill(pids[-1], signal.SIGKILL)
+        add_one(arrays)
+        center.exchange(1)
+        own += 1
+        blocks = in_blocks(arrays)
+        assert (blocks == blocks[:, :1]).all()
+    if comm.rank > 0:
+        return None
+    wait_until(lambda: state(pids[-1]) in "XZ", "the end of the last rank")
+    wait_until(lambda: center.version >= 100 * (comm.size - 1), "the others")
+    time.sleep(0.2)
+    blocks = in_blocks(center.snapshot().values())
+    assert (blocks == blocks[:, :1]).all()
+    assert blocks.min() == center.version
+    assert blocks.max() - blocks.min() <= 1  # the dead had one exchange unfinished
+    return center._native.recoveries
+
+
+def test_ranks_killed_at_any_moment():
+    recovered = [on_ranks(3, die_at_any_moment, seed, expect_death=True)[0] for seed in range(5)]
+    assert all(count in (0, 1) for count in recovered)
+
+
+def stop_in_the_pass():
+    """Rank 1 is stopped over block 1; rank 0 names it and gives up; rank 1 goes on; nothing is lost."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    arrays = arrays_of(BLOCKS)
+    center = Center(arrays)
+    pids = comm.allgather(os.getpid())
+    add_one(arrays)
+    if comm.rank == 1:
+        _core.signal_at(_core.Stage.half_written, 2, signal.SIGSTOP)
+        center.exchange(1)
+    else:
+        wait_until(lambda: state(pids[1]) == "T", "rank 1 to stop")
+        with pytest.raises(
+            StallError, match=r"\[rank 0\] hvd_agn: waits for block 2, locked by rank 1; .*given up: HVD"
+        ):
+            center.exchange(1)
+        os.kill(pids[1], signal.SIGCONT)
+        center.exchange(1)  # what was not pushed then is now
+    comm.Barrier()
+    for values in center.snapshot().values():
+        np.testing.assert_array_equal(values, 2)
+
+
+def test_a_stopped_rank_is_named_and_given_up_on():
+    env = {"HVD_AGN_STALL_SECONDS": "0.5", "HVD_AGN_STALL_ABORT_SECONDS": "2.5"}
+    on_ranks(2, stop_in_the_pass, env=env)
+
+
+def come_late():
+    """Rank 1 creates no center; rank 0 says so and gives up."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank == 1:
+        time.sleep(3)
+        return None
+    with pytest.raises(StallError, match=r"waits for every rank to create its center.*given up"):
+        Center([np.zeros(3, np.float32)])
+    return "gave up"
+
+
+def test_a_rank_that_never_comes():
+    env = {"HVD_AGN_STALL_SECONDS": "0.5", "HVD_AGN_STALL_ABORT_SECONDS": "1.5"}
+    assert on_ranks(2, come_late, env=env, expect_death=True) == ["gave up", None]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_is_refused():
+    """It would share its parent's spare block, and overwrite what the parent has committed."""
+    center = Center(arrays := arrays_of(1))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            add_one(arrays)
+            center.exchange(1)
+        except UsageError as error:
+            code = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert center.version == 0
