@@ -3,18 +3,25 @@
 ``hvd_agn.torch.AGNOptimizer`` wraps a PyTorch optimizer; ``hvd_agn.Center`` is the same without a framework.
 """
 
+import importlib.util
+
 try:
-    from . import _core  # noqa: F401 (to say here what is wrong if it is missing)
-except ModuleNotFoundError as error:
-    if error.name != f"{__name__}._core":
-        raise
+    from . import _core  # noqa: F401 (first, to say what is wrong)
+except ImportError as error:
+    if importlib.util.find_spec(f"{__name__}._core") is None:
+        raise ImportError(
+            f"the native core of hvd_agn is not in {__path__[0]}. This is a source tree: install it with "
+            "`pip install -e .`, or run from another directory."
+        ) from None
     raise ImportError(
-        f"the native core of hvd_agn is not in {__path__[0]}. This is a source tree: install it with "
-        "`pip install -e .`, or run from another directory."
-    ) from None
+        f"the native core of hvd_agn cannot be loaded: {error}. It needs the MPI library that it was built with, and "
+        "no other in the process: load that MPI (its module, its environment), or build hvd_agn again with the MPI "
+        "that you launch with first on PATH: `pip install --force-reinstall --no-deps hvd-agn`."
+    ) from error
 
 from . import errors, mpi, rules
-from .center import Center, Client, Stats
+from .center import Center
+from .client import Client, Stats
 
 mpi.prepare()
 

@@ -1,4 +1,4 @@
-"""The center and its clients, free of any framework: arrays are NumPy's or anything with DLPack.
+"""The center, free of any framework: arrays are NumPy's or anything with DLPack.
 
 No array data is touched here. The work is in the native core: ``csrc/exchange.cpp`` for a worker's end,
 ``csrc/center.cpp`` for the shared memory.
@@ -9,34 +9,21 @@ import itertools
 import json
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from . import _core, config, mpi, rules
-from .errors import (
-    AGNError,
-    CheckpointError,
-    ConfigError,
-    LayoutError,
-    NonFiniteError,
-    NonFiniteWarning,
-    SharedMemoryError,
-    UsageError,
-)
+from . import _core, checkpoint, config, mpi, rules
+from .client import Client, Stats, register
+from .errors import AGNError, CheckpointError, ConfigError, LayoutError, SharedMemoryError, UsageError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Arrays = Mapping[str, Any] | Sequence[Any]
-
-_FILE_FORMAT = "hvd_agn center 1"
 
 
 class Owner(Protocol):
@@ -50,117 +37,6 @@ class Owner(Protocol):
 
     def check_open(self, call: str) -> None:
         """Raise UsageError if this call makes no sense now."""
-
-
-class Stats(TypedDict):
-    """What one client has done. Staleness counts pushes of blocks: by others, between a pull and the next push."""
-
-    exchanges: int
-    """Pushes that the center took."""
-    pushes_refused: int
-    """Deltas with a NaN or an Inf."""
-    blocks_refused: int
-    """Blocks left as they were because the rule would have overflowed there."""
-    pulls: int
-    """Calls of ``pull()``, and those after a refused push."""
-    staleness_mean: float
-    staleness_max: int
-    staleness_histogram: list[int]
-    """Element t: block pushes of staleness t; element 64: of 64 and more."""
-    exchange_seconds: float
-    """Spent in exchanges, pulls and looks at the center."""
-    bytes: int
-    """Of parameters, pushed and pulled, the first copy included."""
-    center_version: int
-    """Pushes that every block of the center has had, from all workers."""
-
-
-class Client:
-    """One worker's arrays, and what it last received from the center (its anchor).
-
-    Made by :meth:`Center.client`; the center's own is :attr:`Center.arrays_client`. Methods are not collective.
-    """
-
-    def __init__(self, center: "Center", names: Sequence[str], arrays: Sequence[Any], on_nonfinite: str) -> None:
-        self._center = center
-        self._names = list(names)
-        self._arrays = list(arrays)
-        self._on_nonfinite = on_nonfinite
-        self._native: _core.Client | None = _core.Client(center._open(), register(names, arrays))
-
-    def _open(self) -> _core.Client:
-        if self._native is None:
-            raise UsageError(f"{self._center.label}: used after close().")
-        return self._native
-
-    def exchange(self, steps: float = 1) -> bool:
-        """Push ``(arrays - anchor) / steps``, and set arrays and anchor to the center.
-
-        Args:
-            steps: local steps since the last exchange, above 0.
-
-        Returns:
-            True, or False if the delta had a NaN or an Inf and was refused: then the center was not touched and the
-            arrays are set to it.
-
-        Raises:
-            NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
-            UsageError: the center is closed.
-            StallError: a block stayed locked past ``HVD_AGN_STALL_ABORT_SECONDS``.
-        """
-        native = self._open()
-        refused = native.exchange(steps)
-        if refused < 0:
-            return True
-        text = (
-            f"{self._center.label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
-            f"refused and the center is untouched ({native.stats()['pushes_refused']} so far on this rank). "
-        )
-        if self._on_nonfinite == "raise":
-            raise NonFiniteError(text + "The parameters are left as they are; pull() sets them to the center.")
-        native.pull()
-        warnings.warn(
-            text + "The parameters are set back to the center. Check the loss, the learning rate and, if it goes on, "
-            "the state of the local optimizer.",
-            NonFiniteWarning,
-            stacklevel=3,
-        )
-        return False
-
-    def pull(self) -> None:
-        """Set arrays and anchor to the center; what was not pushed is dropped."""
-        self._open().pull()
-
-    def peek(self) -> None:
-        """Set the arrays to the center and leave the anchor: a look that the next exchange must not see."""
-        self._open().peek()
-
-    def rebind(self, index: int, array: Any) -> None:
-        """Array ``index`` is now ``array``, of the same shape and type: its storage has moved."""
-        buffer = _buffer(self._names[index], array)
-        self._arrays[index] = array
-        self._open().bind(index, buffer)
-
-    def read_anchor(self, index: int, out: Any) -> None:
-        """Copy the anchor of array ``index`` to ``out``, an array like it."""
-        self._open().read_anchor(index, out)
-
-    def write_anchor(self, index: int, values: Any) -> None:
-        """Set the anchor of array ``index`` to ``values``, an array like it."""
-        self._open().write_anchor(index, values)
-
-    def stats(self) -> Stats:
-        """What this client has done so far."""
-        return {**self._open().stats(), "center_version": self._center.version}  # type: ignore[typeddict-item]
-
-    @property
-    def extra_bytes(self) -> int:
-        """Memory that this client takes beyond the arrays: the anchor and bookkeeping."""
-        return self._open().extra_bytes
-
-    def _close(self) -> None:
-        self._native = None
-        self._arrays = []
 
 
 class Center:
@@ -383,19 +259,7 @@ class Center:
             self._open()
             return
         center, slots, version = self._read()
-        tensors = dict(center)
-        for slot, arrays in slots.items():
-            tensors |= {f"slot/{slot}/{name}": array for name, array in arrays.items()}
-        metadata = {"format": _FILE_FORMAT, "rule": repr(self.rule), "version": str(version)}
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            safetensors.numpy.save_file(tensors, partial, metadata)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        checkpoint.write(Path(path), center, slots, version, repr(self.rule))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Set center and slots to a file written by :meth:`save`, by any number of ranks. Collective.
@@ -413,11 +277,10 @@ class Center:
         error: CheckpointError | None = None
         if self._comm.rank == 0:
             try:
-                native.write(*self._read_file(Path(path)))
-            except CheckpointError as failure:
-                error = failure
-            except Exception as failure:  # the other ranks wait to hear of it
-                error = CheckpointError(f"{self.label}: {path} cannot be loaded: {failure!r}.")
+                like = {name: (s, d) for name, s, d in zip(self._names, self._shapes, self._dtypes, strict=True)}
+                native.write(*checkpoint.read(Path(path), like, self.rule.active_slots()))
+            except Exception as failure:  # of any kind: the other ranks wait to hear of it
+                error = CheckpointError(f"{self.label}: {path} cannot be loaded into {self.rule}: {failure}")
         error = self._mpi_comm.bcast(error, root=0)
         if error is not None:
             raise error
@@ -425,37 +288,6 @@ class Center:
             client.pull()
         if self._owner is not None:
             self._owner.pull()
-
-    def _read_file(self, path: Path) -> tuple[list[list[np.ndarray]], int]:
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, safetensors.SafetensorError) as failure:
-            raise CheckpointError(
-                f"{self.label}: cannot read {path}: {failure}. Give a file that save() wrote."
-            ) from None
-        if metadata.get("format") != _FILE_FORMAT or not metadata.get("version", "").isdigit():
-            raise CheckpointError(f"{self.label}: {path} was not written by Center.save().")
-        prefixes = [""] + [f"slot/{slot}/" for slot in self.rule.active_slots()]
-        planes = []
-        for prefix in prefixes:
-            plane = []
-            for name, shape, dtype in zip(self._names, self._shapes, self._dtypes, strict=True):
-                found = tensors.pop(prefix + name, None)
-                if found is None or found.shape != shape or str(found.dtype) != dtype:
-                    what = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
-                    raise CheckpointError(
-                        f"{self.label}: in {path}, {prefix + name!r} {what}; expected {dtype}{list(shape)}, with "
-                        f"rule {self.rule}. The file has rule {metadata.get('rule')}."
-                    )
-                if not np.isfinite(found).all():
-                    raise CheckpointError(f"{self.label}: in {path}, {prefix + name!r} has a NaN or an Inf.")
-                plane.append(np.ascontiguousarray(found).reshape(shape))
-            planes.append(plane)
-        if tensors:
-            raise CheckpointError(f"{self.label}: {path} also has {sorted(tensors)[0]!r}, which this center has not.")
-        return planes, int(metadata["version"])
 
     # ---- end
 
@@ -504,39 +336,12 @@ class Center:
         return self._native
 
 
-def register(names: Sequence[str], arrays: Sequence[Any]) -> list[_core.Buffer]:
-    """Native descriptions of arrays.
-
-    Raises:
-        LayoutError: names an array that is of a wrong kind, or two that share memory.
-    """
-    buffers = [_buffer(name, array) for name, array in zip(names, arrays, strict=True)]
-    spans = sorted((b.address, b.address + b.nbytes, n) for b, n in zip(buffers, names, strict=True) if b.count)
-    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
-        if start < end:
-            raise LayoutError(f"{first!r} and {second!r} share memory. Give each array once, or a copy of one.")
-    return buffers
-
-
-def _buffer(name: str, array: Any) -> _core.Buffer:
-    try:
-        return _core.Buffer(array)
-    except (TypeError, ValueError, BufferError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        if "incompatible function arguments" in reason:
-            reason = "it is not a writable array on the CPU"
-        raise LayoutError(
-            f"{name!r} ({type(array).__name__}) cannot be exchanged: {reason}. Give a writable, contiguous NumPy or "
-            "DLPack array on the CPU, of float32, float64, float16 or bfloat16."
-        ) from None
-
-
 def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]]) -> str:
     fix = "Build the same model and optimizer on every rank."
-    for ours, theirs in zip(mine, rank0, strict=False):
-        if ours != theirs:
-            return f"{json.dumps(ours)} here, {json.dumps(theirs)} on rank 0. {fix}"
-    return f"{len(mine) - 2} arrays here, {len(rank0) - 2} on rank 0. {fix}"
+    if len(mine) != len(rank0):
+        return f"{len(mine) - 2} arrays here, {len(rank0) - 2} on rank 0. {fix}"
+    ours, theirs = next(pair for pair in zip(mine, rank0, strict=True) if pair[0] != pair[1])
+    return f"{json.dumps(ours)} here, {json.dumps(theirs)} on rank 0. {fix}"
 
 
 _centers: list[Center] = []  # open, in order of creation

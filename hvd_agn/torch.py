@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import config, rules
-from .center import Center, Stats
+from .center import Center
+from .client import Stats
 from .errors import CheckpointError, ConfigError, LayoutError, StalenessWarning, UsageError
 
 if TYPE_CHECKING:

@@ -1,0 +1,81 @@
+"""The center's file: safetensors. Parameters have their own names, slots ``slot/<slot>/<name>``."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from .errors import CheckpointError
+
+_FORMAT = "hvd_agn center 1"
+
+Named = Mapping[str, np.ndarray]
+
+
+def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, rule: str) -> None:
+    """Write the file; it appears whole or not at all.
+
+    Args:
+        center: parameters by name.
+        slots: the rule's arrays, by slot and name.
+        version: of the center.
+        rule: in words, for whoever reads the file.
+
+    Raises:
+        OSError: the file cannot be written; an older one is as it was.
+    """
+    tensors = dict(center)
+    for slot, arrays in slots.items():
+        tensors |= {f"slot/{slot}/{name}": array for name, array in arrays.items()}
+    metadata = {"format": _FORMAT, "rule": rule, "version": str(version)}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        safetensors.numpy.save_file(tensors, partial, metadata)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(
+    path: Path, like: Mapping[str, tuple[tuple[int, ...], str]], slots: Sequence[str]
+) -> tuple[list[list[np.ndarray]], int]:
+    """The arrays of a file, in the order of ``like``: the center's, then those of each slot; and the version.
+
+    Args:
+        like: shape and dtype that each parameter must have.
+        slots: names of the slots that must be there.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or what is in it does not fit.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError) as failure:
+        raise CheckpointError(f"it cannot be read ({failure}). Give a file that save() wrote.") from None
+    if metadata.get("format") != _FORMAT or not metadata.get("version", "").isdigit():
+        raise CheckpointError("it was not written by Center.save().")
+    planes = []
+    for prefix in ["", *(f"slot/{slot}/" for slot in slots)]:
+        plane = []
+        for name, (shape, dtype) in like.items():
+            found = tensors.pop(prefix + name, None)
+            if found is None or found.shape != shape or str(found.dtype) != dtype:
+                what = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
+                raise CheckpointError(
+                    f"{prefix + name!r} {what}; expected {dtype}{list(shape)}. The file has rule "
+                    f"{metadata.get('rule')}."
+                )
+            if not np.isfinite(found).all():
+                raise CheckpointError(f"{prefix + name!r} has a NaN or an Inf.")
+            plane.append(np.ascontiguousarray(found).reshape(shape))
+        planes.append(plane)
+    if tensors:
+        raise CheckpointError(f"it also has {sorted(tensors)[0]!r}, which this center has not.")
+    return planes, int(metadata["version"])

@@ -1,0 +1,367 @@
+"""Bad input and bad surroundings: each message names the thing, the rank and the fix, on every rank."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+
+from hvd_agn import Center, _core, launch, mpi, rules
+from hvd_agn.errors import ConfigError, LaunchError, LayoutError, SharedMemoryError, UsageError
+
+
+def readonly():
+    array = np.zeros(3, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros(3, np.int64), "its type is none of float32, float64, float16, bfloat16"),
+        (np.zeros(3, np.complex64), "its type is none of"),
+        (np.zeros((4, 4), np.float32)[:, 1], r"it is not contiguous \(C order\)"),
+        (np.zeros((4, 4), np.float32).T[1:], "it is not contiguous"),
+        (readonly(), "it is not a writable array on the CPU"),
+        ([1.0, 2.0], "it is not a writable array on the CPU"),
+        (None, "it is not a writable array on the CPU"),
+    ],
+)
+def test_unusable_arrays(array, reason):
+    with pytest.raises(LayoutError, match=rf"'bad' \(.*\) cannot be exchanged: {reason}.*Give a writable, contiguous"):
+        Center({"good": np.zeros(3, np.float32), "bad": array})
+
+
+def test_arrays_that_share_memory():
+    array = np.zeros(10, np.float32)
+    with pytest.raises(LayoutError, match=r"'array [01]' and 'array [01]' share memory. Give each array once"):
+        Center([array, array[5:]])
+
+
+def test_no_arrays():
+    with pytest.raises(LayoutError, match=r"\[rank 0\] Center: no arrays to exchange. Give at least one"):
+        Center([])
+
+
+def test_a_start_that_is_not_finite():
+    with pytest.raises(LayoutError, match=r"'b' has a NaN or an Inf. Initialise it on rank 0"):
+        Center({"a": np.zeros(3, np.float32), "b": np.array([1, np.nan], np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.Add(scale=float("nan")), "rules.Add: scale=nan: give a finite number"),
+        (lambda: rules.Add(scale="1"), "rules.Add: scale='1': give a finite number"),
+        (lambda: rules.SGD(lr=-1), "rules.SGD: lr=-1: give 0 or more"),
+        (lambda: rules.SGD(lr=1, momentum=-0.1), "momentum=-0.1: give 0 or more"),
+        (lambda: rules.SGD(lr=1, nesterov=True), "nesterov=True needs momentum > 0 and dampening=0"),
+        (lambda: Center([np.zeros(1, np.float32)], rule="add"), "rule='add': give one of hvd_agn.rules"),
+        (lambda: Center([np.zeros(1, np.float32)], comm=7), "comm=7: give an mpi4py communicator, or None"),
+        (lambda: Center([np.zeros(1, np.float32)], on_nonfinite="x"), "on_nonfinite='x': give one of skip, raise"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HVD_AGN_BLOCK_BYTES", "100", "HVD_AGN_BLOCK_BYTES='100': give a whole number of bytes, a multiple of 64"),
+        ("HVD_AGN_BLOCK_BYTES", "big", "HVD_AGN_BLOCK_BYTES='big': give a whole number.*default 262144"),
+        ("HVD_AGN_STALL_SECONDS", "-1", "HVD_AGN_STALL_SECONDS='-1': give a number of seconds; 0 switches"),
+        ("HVD_AGN_STALL_ABORT_SECONDS", "nan", "HVD_AGN_STALL_ABORT_SECONDS='nan': give a number of seconds"),
+        ("HVD_AGN_BLOCKBYTES", "64", "HVD_AGN_BLOCKBYTES is not a variable of hvd_agn. There are: HVD_AGN_BLOCK_BYTES"),
+    ],
+)
+def test_bad_variables(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        Center([np.zeros(1, np.float32)])
+
+
+def test_use_after_close():
+    center = Center([np.zeros(3, np.float32)], name="digits")
+    client = center.arrays_client
+    center.close()
+    center.close()
+    for call in (center.exchange, center.pull, center.stats, center.snapshot, client.exchange, client.pull):
+        with pytest.raises(UsageError, match=r"\[rank 0\] digits: used after close\(\)"):
+            call()
+    with pytest.raises(UsageError, match="used after close"):
+        center.save("nowhere")
+
+
+def test_steps_must_be_positive():
+    with pytest.raises(ValueError, match="exchange after 0 steps: give a positive number"):
+        Center([np.zeros(3, np.float32)]).exchange(0)
+
+
+# ---- ranks that differ
+
+
+def build(differing):
+    """Rank 1 differs from rank 0 in one way; returns the message that each rank gets."""
+    from mpi4py import MPI
+
+    odd = MPI.COMM_WORLD.rank == 1
+    arrays = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+    rule = None
+    if odd and differing == "shape":
+        arrays["b"] = np.zeros(5, np.float32)
+    if odd and differing == "type":
+        arrays["b"] = np.zeros(4, np.float64)
+    if odd and differing == "name":
+        arrays["c"] = arrays.pop("b")
+    if odd and differing == "count":
+        del arrays["b"]
+    if odd and differing == "rule":
+        rule = rules.SGD(lr=0.5)
+    if odd and differing == "block":
+        os.environ["HVD_AGN_BLOCK_BYTES"] = "2048"
+    if odd and differing == "unusable":
+        arrays["b"] = np.zeros(4, np.int32)
+    with pytest.raises(LayoutError) as caught:
+        Center(arrays, rule)
+    os.environ["HVD_AGN_BLOCK_BYTES"] = "1024"
+    Center({"a": np.zeros(3, np.float32)}).close()  # all ranks are still in step
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("differing", "message"),
+    [
+        ("shape", '["b", [5], "float32"] here, ["b", [4], "float32"] on rank 0.'),
+        ("type", '["b", [4], "float64"] here, ["b", [4], "float32"] on rank 0.'),
+        ("name", '["c", [4], "float32"] here, ["b", [4], "float32"] on rank 0.'),
+        ("count", "1 arrays here, 2 on rank 0."),
+        ("rule", '"SGD(lr=0.5'),
+        ("block", '["block bytes (HVD_AGN_BLOCK_BYTES)", 2048] here'),
+        ("unusable", "'b' (ndarray) cannot be exchanged"),
+    ],
+)
+def test_ranks_that_differ(differing, message):
+    for text in on_ranks(3, build, differing):
+        assert message in text
+        if differing != "unusable":
+            assert "[rank 1] Center: " in text
+
+
+def test_half_and_float_workers_share_a_center():
+    on_ranks(2, mixed_types)
+
+
+def mixed_types():
+    """The center's type must agree, the worker's need not."""
+    from mpi4py import MPI
+
+    theta = np.zeros(100, [np.float32, np.float16][MPI.COMM_WORLD.rank])
+    center = Center([theta])
+    for _ in range(10):
+        theta += 1
+        center.exchange(1)
+    MPI.COMM_WORLD.Barrier()
+    np.testing.assert_array_equal(center.snapshot()["array 0"], 20)
+
+
+# ---- shared memory
+
+
+def need_too_much():
+    """What each rank is told when the center does not fit."""
+    free = 10_000_000
+    mpi.shared_memory_free = lambda: free
+    with pytest.raises(SharedMemoryError) as caught:
+        Center([np.zeros(5_000_000, np.float32)])
+    Center([np.zeros(100, np.float32)]).close()
+    return str(caught.value)
+
+
+def test_no_room_for_the_center():
+    for rank, text in enumerate(on_ranks(2, need_too_much)):
+        assert f"[rank {rank}] Center: the center needs 2" in text
+        assert "bytes of shared memory" in text
+        assert "has 10000000 free" in text
+        assert "docker run --shm-size" in text
+
+
+def really_need_too_much(directory):
+    """As above, in a file system that is really that small."""
+    assert mpi.shared_memory_free() < 2**20
+    with pytest.raises(SharedMemoryError, match=f"{directory} on the host has .* free"):
+        Center([np.zeros(2**20, np.float32)])
+
+
+def test_a_small_shared_memory_file_system(tmp_path):
+    if "Open MPI" not in _core.mpi_library_version():
+        pytest.skip("only Open MPI can be told where to keep shared windows")
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path]).returncode:
+        pytest.skip("mounting a small tmpfs needs root and the right to mount")
+    try:
+        on_ranks(2, really_need_too_much, str(tmp_path), env={"OMPI_MCA_osc_sm_backing_directory": str(tmp_path)})
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+# ---- launching
+
+
+def python(code, **env):
+    """Run code in a new process without a launcher; returns its error text."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+    )
+    return done.stderr
+
+
+CREATE = "import numpy, hvd_agn; hvd_agn.Center([numpy.zeros(3, numpy.float32)]).close()"
+
+
+def test_without_a_launcher_there_is_one_rank():
+    assert python(CREATE + "; print('done')") == ""
+
+
+@pytest.mark.parametrize("name", ["HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_launcher_that_mpi_does_not_know(monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(LaunchError, match=rf"{name} says 4 ranks, MPI says 1: .*Launch with `mpirun -np N python"):
+        Center([np.zeros(3, np.float32)])
+
+
+def test_a_low_thread_level():
+    text = python(CREATE, MPI4PY_RC_THREAD_LEVEL="serialized")
+    assert "LaunchError: MPI runs at thread level 'serialized', hvd_agn needs 'multiple'" in text
+
+
+def test_after_mpi_is_finalised():
+    text = python(f"from mpi4py import MPI; import hvd_agn; MPI.Finalize(); {CREATE}")
+    assert "LaunchError: MPI is already finalised in this process" in text
+
+
+def test_mpi_that_mpi4py_did_not_start():
+    text = python(f"import mpi4py; mpi4py.rc.initialize = False; {CREATE}; from mpi4py import MPI; MPI.Finalize()")
+    assert text == ""
+
+
+def other_mpi():
+    """The library of the other MPI, in the environment that make sets up for it."""
+    ours = "" if "Open MPI" in _core.mpi_library_version() else "-mpich"
+    name = f".venv{'' if ours else '-mpich'}"
+    found = sorted((Path(__file__).parents[1] / name / "lib").glob("libmpi.so.[0-9]*"))
+    return found[0] if found else None
+
+
+def test_two_mpi_libraries_in_one_process():
+    library = other_mpi()
+    if library is None:
+        pytest.skip("the other MPI's environment is missing: `make environment` and `make environment MPI=mpich`")
+    env = {"MPI4PY_LIBMPI": str(library), "OPAL_PREFIX": str(library.parents[1])}
+    texts = [python(CREATE, **env), python(f"from mpi4py import MPI; {CREATE}", **env)]
+    two = [
+        f"LaunchError: two MPI libraries in one process: mpi4py uses {library}" in text
+        and f"hvd_agn was built with {mpi.core_library()}" in text
+        and "pip install --force-reinstall --no-deps mpi4py" in text
+        for text in texts
+    ]
+    # In one order or the other, the libraries that the two bring along may not even load together.
+    unloadable = [
+        "LaunchError: mpi4py cannot load an MPI library" in text
+        or "ImportError: the native core of hvd_agn cannot be loaded" in text
+        for text in texts
+    ]
+    assert any(two)
+    assert all(a or b for a, b in zip(two, unloadable, strict=True)), texts
+
+
+def test_mpi4py_without_an_mpi(tmp_path):
+    text = python(CREATE, MPI4PY_LIBMPI=str(tmp_path / "libmpi.so"))
+    assert "LaunchError: mpi4py cannot load an MPI library" in text
+    assert f"the native core uses {mpi.core_library()}" in text
+
+
+def test_root_needs_two_variables(monkeypatch):
+    if "Open MPI" not in _core.mpi_library_version() or os.geteuid() != 0:
+        pytest.skip("only Open MPI refuses to run as root, and only root is refused")
+    monkeypatch.delenv("OMPI_ALLOW_RUN_AS_ROOT", raising=False)
+    with pytest.raises(LaunchError, match=r"mpirun refuses to run as root. Set OMPI_ALLOW_RUN_AS_ROOT=1"):
+        launch.run_ranks(1, ["true"], timeout=10)
+
+
+def test_a_source_tree_without_the_core(tmp_path):
+    (tmp_path / "hvd_agn").mkdir()
+    for path in Path(mpi.__file__).parent.glob("*.py"):
+        (tmp_path / "hvd_agn" / path.name).write_bytes(path.read_bytes())
+    site = sysconfig.get_paths()["platlib"]
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {site!r}]; import hvd_agn"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert "the native core of hvd_agn is not in" in done.stderr
+    assert "pip install -e ." in done.stderr
+
+
+# ---- a rank that fails
+
+
+FAILING = """
+import sys, time
+import numpy as np
+from mpi4py import MPI
+import hvd_agn
+theta = np.zeros(10, np.float32)
+center = hvd_agn.Center([theta])
+rank = MPI.COMM_WORLD.rank
+theta += 1 + rank
+center.exchange(1)
+if rank == 1:
+    raise ZeroDivisionError("on purpose")
+while center.version < 2:
+    time.sleep(0.01)
+time.sleep(1)
+print("rank 0 has", center.snapshot()["array 0"][0], flush=True)
+"""
+
+
+def test_a_rank_that_raises_leaves_its_pushes_and_the_others(tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = launch.run_ranks(2, [sys.executable, str(script)], timeout=60)
+    assert "rank 0 has 3.0" in done.stdout
+    assert "on purpose" in done.stderr
+    assert "[rank 1] hvd_agn: this rank ends with ZeroDivisionError. What it pushed stays" in done.stderr
+    assert done.returncode != 0
+
+
+def hang():
+    import time
+
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.rank == 1:
+        time.sleep(1000)
+    MPI.COMM_WORLD.Barrier()
+
+
+def test_the_harness_ends_a_hang_and_shows_the_stacks(tmp_path):
+    before = set(os.listdir("/proc"))
+    with pytest.raises(pytest.fail.Exception) as caught:
+        on_ranks(2, hang, timeout=5)
+    text = str(caught.value)
+    assert "hang on 2 ranks ran over 5 s" in text
+    assert "stack of rank 0" in text
+    assert "stack of rank 1" in text
+    assert text.count("in hang") == 2
+    mine = [p for p in set(os.listdir("/proc")) - before if p.isdigit() and b"hang" in _command_line(p)]
+    assert mine == []
+
+
+def _command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
