@@ -53,6 +53,7 @@ class Center:
         comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.
         on_nonfinite: ``"skip"`` or ``"raise"``, see :meth:`exchange`.
         name: used in messages.
+        failed: an error of this rank's caller: all ranks raise it, instead of waiting for this one.
 
     Raises:
         LayoutError: an array cannot be used, or ranks differ in names, shapes, types, rule or block size. Every rank
@@ -70,6 +71,7 @@ class Center:
         *,
         on_nonfinite: str = config.ON_NONFINITE[0],
         name: str = "Center",
+        failed: AGNError | None = None,
     ) -> None:
         config.check_environment()
         if on_nonfinite not in config.ON_NONFINITE:
@@ -92,12 +94,12 @@ class Center:
         self.label = f"[rank {self._comm.rank}] {name}"
 
         signature: list[tuple[Any, ...]] = []
-        error: Exception | None = None
+        error: Exception | None = failed
         try:  # a rank that fails alone would leave the others waiting: all learn of it first
             self._names, self._shapes, values, signature = self._describe(arrays)
             wide = self._initial(values, signature)
         except (AGNError, TypeError) as failure:
-            error = failure
+            error = error or failure
         self._agree(error, signature)
         self._allocate(wide)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
@@ -126,6 +128,8 @@ class Center:
         expected = self._mpi_comm.bcast(signature, root=0)
         if error is None and signature != expected and expected:
             error = LayoutError(f"{self.label}: {_first_difference(signature, expected)}")
+        if error is not None and not str(error).startswith("[rank"):
+            error = type(error)(f"{self.label}: {error}")
         errors = self._mpi_comm.allgather(error)
         first = next((e for e in errors if e is not None), None)
         if first is not None:

@@ -3,11 +3,12 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from . import config, rules
 from .center import Center
 from .client import Stats
-from .errors import CheckpointError, ConfigError, LayoutError, StalenessWarning, UsageError
+from .errors import CheckpointError, ConfigError, LayoutError, NonFiniteWarning, StalenessWarning, UsageError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,6 +37,15 @@ class _Exchanged:
     address: int
     dtype: torch.dtype
     shape: torch.Size
+
+
+@dataclass
+class _Parameters:
+    """The wrapped optimizer's parameters, by what becomes of them."""
+
+    exchanged: list[_Exchanged] = field(default_factory=list)
+    tied: list[tuple[str, torch.Tensor, _Exchanged]] = field(default_factory=list)  # to the storage of an exchanged one
+    frozen: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
 
 class AGNOptimizer(torch.optim.Optimizer):
@@ -87,20 +97,32 @@ class AGNOptimizer(torch.optim.Optimizer):
             raise ConfigError(f"communication_period={communication_period!r}: give a whole number of steps.")
         if communication_period < 1:
             raise ConfigError(f"communication_period={communication_period}: give 1 or more.")
-        self.optimizer = optimizer
-        """The wrapped optimizer."""
-        self.communication_period = communication_period
         # What unpickling an optimizer does: it sets up hooks and profiling without touching groups or state, which are
         # the wrapped optimizer's. Optimizer.__init__ would make its own.
         super().__setstate__({})
+        self.optimizer = optimizer
+        """The wrapped optimizer."""
+        self.communication_period = communication_period
 
         self._steps_since_exchange = 0
         self._steps = 0
         self._viewing_center = False
-        self._exchanged, self._frozen = _select(optimizer, named_parameters)
+        self._layout_changed = False
+        self._parameters = _Parameters()
+        failed: LayoutError | None = None
+        try:
+            self._parameters = _select(optimizer, named_parameters)
+        except LayoutError as error:  # the center tells the other ranks
+            failed = error
+        self._exchanged = self._parameters.exchanged
         self._parameter_count = _count(optimizer)
         self.center = Center(
-            {e.name: e.tensor for e in self._exchanged}, rule, comm, on_nonfinite=on_nonfinite, name=name
+            {e.name: e.tensor for e in self._exchanged},
+            rule,
+            comm,
+            on_nonfinite=on_nonfinite,
+            name=name,
+            failed=failed,
         )
         """The :class:`hvd_agn.Center`: save, load, snapshot."""
         self._client = self.center.arrays_client
@@ -137,7 +159,7 @@ class AGNOptimizer(torch.optim.Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped optimizer's."""
-        return self.optimizer.defaults
+        return self.optimizer.defaults if "optimizer" in self.__dict__ else {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The wrapped optimizer's."""
@@ -187,7 +209,7 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: with ``on_nonfinite="raise"``.
-            LayoutError: a parameter has changed its shape or type, or was added or unfrozen since the start.
+            LayoutError: a parameter has changed its shape, type or ties, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
         self.check_open("step()")
@@ -247,6 +269,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.check_open("center_state_dict()")
         center = self.center.snapshot()
         names = {id(e.parameter): e.name for e in self._exchanged}
+        names |= {id(parameter): leader.name for _, parameter, leader in self._parameters.tied}
         state = model.state_dict()
         for key, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in names and key in state:
@@ -264,6 +287,10 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         A second call does nothing. At exit it is called for you.
         """
+        if self._viewing_center:
+            self.check_open("close()")
+        if self._layout_changed:  # step() has said that they cannot be pushed
+            self._steps_since_exchange = 0
         self.center.close()
 
     def check_open(self, call: str) -> None:
@@ -276,33 +303,33 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._read()
         try:
             self._client.exchange(self._steps_since_exchange)
+        except NonFiniteWarning:  # made an error by a filter: the parameters are the center's all the same
+            self._steps_since_exchange = 0
+            raise
         finally:
             self._write_back()
         self._steps_since_exchange = 0
 
-    @torch.no_grad()
     def _read(self) -> None:
         """Make sure that the center knows each parameter where it is now; fill the copies."""
+        self._layout_changed = True
         self._check_parameters()
-        for index, e in enumerate(self._exchanged):
-            p = e.parameter
-            if p.dtype != e.dtype or p.shape != e.shape:
-                raise LayoutError(
-                    f"{self.center.label}: {e.name!r} was {e.dtype}{list(e.shape)} and is {p.dtype}{list(p.shape)} "
-                    "now. Close this AGNOptimizer and wrap the optimizer again, on every rank."
-                )
-            if _direct(p):
-                moved = e.copied or p.data_ptr() != e.address
-                e.tensor, e.copied = (p.detach() if moved else e.tensor), False
-            elif e.copied:
-                moved = False
-                e.tensor.copy_(p)
-            else:
-                moved = True
-                e.tensor, e.copied = _copy(p), True
-            if moved:
-                e.address = e.tensor.data_ptr()
-                self._client.rebind(index, e.tensor)
+        with torch.inference_mode(False), torch.no_grad():
+            for index, e in enumerate(self._exchanged):
+                p = e.parameter
+                if _direct(p):
+                    moved = e.copied or p.data_ptr() != e.address
+                    e.tensor, e.copied = (p.detach() if moved else e.tensor), False
+                elif e.copied:
+                    moved = False
+                    e.tensor.copy_(p)
+                else:
+                    moved = True
+                    e.tensor, e.copied = _copy(p), True
+                if moved:
+                    e.address = e.tensor.data_ptr()
+                    self._client.rebind(index, e.tensor)
+        self._layout_changed = False
 
     @torch.no_grad()
     def _write_back(self) -> None:
@@ -313,19 +340,31 @@ class AGNOptimizer(torch.optim.Optimizer):
         torch.autograd.graph.increment_version([e.parameter for e in self._exchanged])
 
     def _check_parameters(self) -> None:
+        """The center was laid out for the parameters as they were at the start."""
+        reason = None
+        addresses: set[int] = set()
         if _count(self.optimizer) != self._parameter_count:
-            raise LayoutError(
-                f"{self.center.label}: the wrapped optimizer has {_count(self.optimizer)} parameters, it had "
-                f"{self._parameter_count} at the start. Close this AGNOptimizer and wrap the optimizer again, on every "
-                "rank."
-            )
-        for name, parameter in self._frozen:
+            reason = f"the wrapped optimizer has {_count(self.optimizer)} parameters, it had {self._parameter_count}"
+        for e in self._exchanged:
+            p = e.parameter
+            if p.dtype != e.dtype or p.shape != e.shape:
+                reason = f"{e.name!r} is {p.dtype}{list(p.shape)}, it was {e.dtype}{list(e.shape)}"
+            elif p.numel() > 0 and p.data_ptr() in addresses:
+                reason = f"{e.name!r} shares its storage with another parameter, it did not"
+            elif not p.is_contiguous() and _overlaps_itself(p):
+                reason = f"{e.name!r} is a view whose elements share memory, it was not"
+            addresses.add(p.data_ptr())
+        for name, parameter, leader in self._parameters.tied:
+            if parameter.data_ptr() != leader.parameter.data_ptr():
+                reason = f"{name!r} has a storage of its own, it shared that of {leader.name!r}"
+        for name, parameter in self._parameters.frozen:
             if parameter.requires_grad:
-                raise LayoutError(
-                    f"{self.center.label}: {name!r} was frozen at the start and requires a gradient now, but has no "
-                    "place in the center. Unfreeze it before wrapping the optimizer, or close this AGNOptimizer and "
-                    "wrap again, on every rank."
-                )
+                reason = f"{name!r} has no place in the center: it requires a gradient, it was frozen"
+        if reason:
+            raise LayoutError(
+                f"{self.center.label}: {reason} at the start. Close this AGNOptimizer and wrap the optimizer again, "
+                "on every rank."
+            )
 
     # ---- checkpoints
 
@@ -401,28 +440,39 @@ def _count(optimizer: torch.optim.Optimizer) -> int:
 
 def _select(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
-) -> tuple[list[_Exchanged], list[tuple[str, torch.Tensor]]]:
-    """The optimizer's parameters that are exchanged, each storage once, and those that are frozen."""
+) -> _Parameters:
+    """Which parameters are exchanged, each storage once.
+
+    Raises:
+        LayoutError: names a parameter that cannot be.
+    """
     given = {id(parameter): name for name, parameter in named_parameters or ()}
-    exchanged: list[_Exchanged] = []
-    frozen: list[tuple[str, torch.Tensor]] = []
-    seen: set[tuple[Any, ...]] = set()
+    found = _Parameters()
+    storages: dict[tuple[Any, ...], _Exchanged] = {}
     for g, group in enumerate(optimizer.param_groups):
         own_names = group.get("param_names")
         for i, p in enumerate(group["params"]):
             name = own_names[i] if own_names else f"param_groups[{g}].params[{i}]"
             name = given.get(id(p), name)
             if not p.requires_grad:
-                frozen.append((name, p))
+                found.frozen.append((name, p))
                 continue
             _refuse_unusable(name, p)
             storage = (p.device, p.data_ptr(), p.shape, p.stride())
-            if p.numel() > 0 and storage in seen:  # tied through a shared storage
+            if p.numel() > 0 and storage in storages:
+                found.tied.append((name, p, storages[storage]))
                 continue
-            seen.add(storage)
             tensor = p.detach() if _direct(p) else _copy(p)
-            exchanged.append(_Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape))
-    return exchanged, frozen
+            storages[storage] = _Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
+            found.exchanged.append(storages[storage])
+    names = [e.name for e in found.exchanged]
+    for name in names:
+        if names.count(name) > 1:
+            raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
+    for first, second in itertools.combinations(found.exchanged, 2):
+        if _share_memory(first.parameter, second.parameter):
+            raise LayoutError(f"{first.name!r} and {second.name!r} share memory in part. Give each its own storage.")
+    return found
 
 
 def _refuse_unusable(name: str, p: torch.Tensor) -> None:
@@ -435,7 +485,29 @@ def _refuse_unusable(name: str, p: torch.Tensor) -> None:
         reason = "is on the meta device; materialise the model before wrapping the optimizer"
     elif p.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         reason = f"is {p.dtype}; use float32, float64, float16 or bfloat16"
-    elif any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        reason = "is an expanded view whose elements share memory; use p.contiguous()"
+    elif _overlaps_itself(p):
+        reason = "is a view whose elements share memory; use p.contiguous()"
     if reason:
-        raise LayoutError(f"parameter {name!r} cannot be exchanged: it {reason}.")
+        raise LayoutError(f"{name!r} cannot be exchanged: it {reason}.")
+
+
+def _overlaps_itself(p: torch.Tensor) -> bool:
+    """Whether two elements have one address, as after expand(). True also of some exotic views that have none."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted((stride, size) for size, stride in zip(p.shape, p.stride(), strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether an element of one is an element of the other."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:
+        return False
+    if a.element_size() != b.element_size():
+        return True
+    used = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.int8)
+    for p in (a, b):
+        used.as_strided(p.shape, p.stride(), p.storage_offset()).add_(1)
+    return bool(used.max() > 1)
