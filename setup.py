@@ -1,4 +1,4 @@
-"""For tools that still call setup.py: the same CMake build, by scikit-build-core's plugin for setuptools 77 or newer."""
+"""For tools that still call setup.py: the same CMake build, by scikit-build-core's plugin (setuptools 77 or newer)."""
 
 from setuptools import setup
 

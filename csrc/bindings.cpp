@@ -221,9 +221,7 @@ void bind_client(nb::module_& m) {
 
   nb::class_<Client>(m, "Client", "One worker's arrays and anchor.")
       .def(nb::init<std::shared_ptr<Center>, std::vector<Buffer>>(), "center"_a, "buffers"_a, Release())
-      .def(
-          "bind", [](Client& self, std::size_t index, const Buffer& buffer) { self.bind(index, buffer.data); },
-          "index"_a, "buffer"_a)
+      .def("bind", &Client::bind, "index"_a, "buffer"_a)
       .def(
           "exchange",
           [](Client& self, double steps) {

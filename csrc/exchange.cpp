@@ -42,9 +42,12 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers)
   copy_all(true);
 }
 
-void Client::bind(std::size_t segment, void* data) {
+void Client::bind(std::size_t segment, const Buffer& buffer) {
   const std::lock_guard<std::mutex> guard(mutex_);
-  buffers_.at(segment).data = data;
+  Buffer& own = buffers_.at(segment);
+  HVD_AGN_EXPECTS(buffer.count == own.count && buffer.dtype == own.dtype, std::invalid_argument, "array ", segment,
+                  " does not match the registered one in size or type");
+  own.data = buffer.data;
 }
 
 Piece Client::piece(const Layout::Part& part, const std::byte* in, std::byte* out, bool with_anchor) const {

@@ -41,8 +41,8 @@ class Client {
   /// Sets the buffers, one per segment of the center's layout, to the center.
   Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers);
 
-  /// The segment's storage has moved. Same count and dtype.
-  void bind(std::size_t segment, void* data);
+  /// The segment's storage has moved. invalid_argument unless count and dtype are as they were.
+  void bind(std::size_t segment, const Buffer& buffer);
 
   /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf: then
   /// neither the center nor the buffers were touched.

@@ -3,7 +3,7 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
-import itertools
+import collections
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,7 +115,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         except LayoutError as error:  # the center tells the other ranks
             failed = error
         self._exchanged = self._parameters.exchanged
-        self._parameter_count = _count(optimizer)
+        self._all_parameters = _all(optimizer)
         self.center = Center(
             {e.name: e.tensor for e in self._exchanged},
             rule,
@@ -343,8 +343,11 @@ class AGNOptimizer(torch.optim.Optimizer):
         """The center was laid out for the parameters as they were at the start."""
         reason = None
         addresses: set[int] = set()
-        if _count(self.optimizer) != self._parameter_count:
-            reason = f"the wrapped optimizer has {_count(self.optimizer)} parameters, it had {self._parameter_count}"
+        now = _all(self.optimizer)
+        if len(now) != len(self._all_parameters):
+            reason = f"the wrapped optimizer has {len(now)} parameters, it had {len(self._all_parameters)}"
+        elif any(p is not q for p, q in zip(now, self._all_parameters, strict=True)):
+            reason = "the wrapped optimizer has another parameter in the place of one that it had"
         for e in self._exchanged:
             p = e.parameter
             if p.dtype != e.dtype or p.shape != e.shape:
@@ -434,8 +437,8 @@ def _copy(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _count(optimizer: torch.optim.Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
+def _all(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _select(
@@ -465,13 +468,10 @@ def _select(
             tensor = p.detach() if _direct(p) else _copy(p)
             storages[storage] = _Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
             found.exchanged.append(storages[storage])
-    names = [e.name for e in found.exchanged]
-    for name in names:
-        if names.count(name) > 1:
-            raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
-    for first, second in itertools.combinations(found.exchanged, 2):
-        if _share_memory(first.parameter, second.parameter):
-            raise LayoutError(f"{first.name!r} and {second.name!r} share memory in part. Give each its own storage.")
+    name, times = collections.Counter(e.name for e in found.exchanged).most_common(1)[0] if storages else ("", 0)
+    if times > 1:
+        raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
+    _refuse_shared(found.exchanged)
     return found
 
 
@@ -501,13 +501,22 @@ def _overlaps_itself(p: torch.Tensor) -> bool:
     return False
 
 
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether an element of one is an element of the other."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:
-        return False
-    if a.element_size() != b.element_size():
-        return True
-    used = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.int8)
-    for p in (a, b):
-        used.as_strided(p.shape, p.stride(), p.storage_offset()).add_(1)
-    return bool(used.max() > 1)
+def _refuse_shared(exchanged: list[_Exchanged]) -> None:
+    """Raise LayoutError if an element of one parameter is an element of another."""
+    by_storage: dict[int, list[_Exchanged]] = {}
+    for e in exchanged:
+        if e.parameter.numel() > 0:
+            by_storage.setdefault(e.parameter.untyped_storage().data_ptr(), []).append(e)
+    for group in by_storage.values():
+        if len(group) == 1:
+            continue
+        unit = min(e.parameter.element_size() for e in group)
+        owner = torch.zeros(group[0].parameter.untyped_storage().nbytes() // unit, dtype=torch.int32)
+        for number, e in enumerate(group, start=1):
+            p, units = e.parameter, e.parameter.element_size() // unit
+            strides = [stride * units for stride in p.stride()]
+            place = owner.as_strided([*p.shape, units], [*strides, 1], p.storage_offset() * units)
+            if other := int(place.max()):
+                names = f"{group[other - 1].name!r} and {e.name!r}"
+                raise LayoutError(f"{names} share memory in part. Give each its own storage.")
+            place.fill_(number)

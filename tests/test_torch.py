@@ -159,6 +159,7 @@ def test_groups_state_and_defaults_are_the_wrapped_optimizers_which_is_not_patch
     attributes, defaults, step = set(vars(wrapped)), dict(wrapped.defaults), type(wrapped).step
     opt = AGNOptimizer(wrapped, 2)
     assert isinstance(opt, torch.optim.Optimizer)
+    assert wrapped.defaults == defaults
     for _ in range(2):
         opt.step(lambda: backward(model))
         assert opt.param_groups is wrapped.param_groups
@@ -167,7 +168,6 @@ def test_groups_state_and_defaults_are_the_wrapped_optimizers_which_is_not_patch
         wrapped.load_state_dict(copy.deepcopy(wrapped.state_dict()))
     assert set(vars(wrapped)) == attributes
     assert type(wrapped).step is step
-    assert wrapped.defaults == defaults
 
 
 SCHEDULERS = {
@@ -421,7 +421,7 @@ def test_a_frozen_parameter_is_left_alone_and_refused_by_name_once_unfrozen():
     assert_all(model[0].bias, frozen)
     model[0].bias.requires_grad_(True)
     backward(model)
-    with pytest.raises(LayoutError, match=r"'0\.bias' was frozen at the start"):
+    with pytest.raises(LayoutError, match=r"'0\.bias' .*frozen"):
         opt.step()
     with pytest.raises(LayoutError, match="no arrays"):
         AGNOptimizer(torch.optim.SGD([torch.zeros(3)], lr=1.0))
@@ -448,9 +448,10 @@ def test_parameters_cannot_be_added():
     [
         (lambda p, inner: setattr(p, "data", p.data.half()), r"'p' .*torch.float16\[2\]"),
         (lambda p, inner: setattr(p, "data", p.data[:1]), r"'p' .*torch.float32\[1\]"),
+        (lambda p, inner: inner.param_groups[0]["params"].__setitem__(0, vector(9.0, 9.0)), "another parameter"),
         (lambda p, inner: inner.add_param_group({"params": [vector(0.0)]}), "has 2 parameters, it had 1 at the start"),
     ],
-    ids=["type", "shape", "group"],
+    ids=["type", "shape", "swapped", "group"],
 )
 def test_a_changed_parameter_is_refused_until_the_optimizer_is_wrapped_again(change, reason):
     p = vector(1.0, 2.0)
