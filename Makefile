@@ -19,6 +19,8 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 # One thread per rank: the ranks are the parallelism.
 export OMP_NUM_THREADS = 1
 
+RESULTS := benchmarks/results
+
 .PHONY: demo test bench lint stub clean environment
 
 demo: environment
@@ -29,9 +31,9 @@ test: environment
 	$(RUN) python -m pytest tests
 
 bench: environment
-	@mkdir -p demo
-	$(RUN) python -m hvd_agn bench exchange --json > demo/bench-exchange.json
-	$(RUN) python -m hvd_agn bench step --json > demo/bench-step.json
+	@mkdir -p $(RESULTS)
+	$(RUN) python -m hvd_agn bench exchange --json > $(RESULTS)/exchange-$(MPI).json
+	$(RUN) python -m hvd_agn bench step --json > $(RESULTS)/step-$(MPI).json
 
 lint: environment
 	$(RUN) ruff format --check .

@@ -3,12 +3,10 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
-import collections
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +15,7 @@ from . import config, rules
 from .center import Center
 from .client import Stats
 from .errors import CheckpointError, ConfigError, LayoutError, NonFiniteWarning, StalenessWarning, UsageError
+from .torch_parameters import Parameters
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,28 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["AGNOptimizer"]
 
 _STATE_KEY = "hvd_agn"
-
-
-@dataclass
-class _Exchanged:
-    """A parameter that takes part, and the contiguous CPU tensor that the center knows it by."""
-
-    name: str
-    parameter: torch.Tensor
-    tensor: torch.Tensor  # the parameter's own storage, or a copy
-    copied: bool  # the parameter is not contiguous, or not on the CPU
-    address: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-
-@dataclass
-class _Parameters:
-    """The wrapped optimizer's parameters, by what becomes of them."""
-
-    exchanged: list[_Exchanged] = field(default_factory=list)
-    tied: list[tuple[str, torch.Tensor, _Exchanged]] = field(default_factory=list)  # to the storage of an exchanged one
-    frozen: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
 
 class AGNOptimizer(torch.optim.Optimizer):
@@ -108,16 +85,15 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._viewing_center = False
         self._layout_changed = False
-        self._parameters = _Parameters()
+        tensors: dict[str, torch.Tensor] = {}
         failed: LayoutError | None = None
         try:
-            self._parameters = _select(optimizer, named_parameters)
+            self._parameters = Parameters(optimizer, named_parameters)
+            tensors = {e.name: e.tensor for e in self._parameters.exchanged}
         except LayoutError as error:  # the center tells the other ranks
             failed = error
-        self._exchanged = self._parameters.exchanged
-        self._all_parameters = _all(optimizer)
         self.center = Center(
-            {e.name: e.tensor for e in self._exchanged},
+            tensors,
             rule,
             comm,
             on_nonfinite=on_nonfinite,
@@ -126,7 +102,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         )
         """The :class:`hvd_agn.Center`: save, load, snapshot."""
         self._client = self.center.arrays_client
-        self._write_back()
+        self._parameters.write_back()
         self.center.own(self)
         self._warn_if_stale()
 
@@ -233,7 +209,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.check_open("pull()")
         self._read()
         self._client.pull()
-        self._write_back()
+        self._parameters.write_back()
         self._steps_since_exchange = 0
 
     @contextmanager
@@ -244,17 +220,17 @@ class AGNOptimizer(torch.optim.Optimizer):
         """
         self.check_open("center_weights()")
         with torch.no_grad():
-            local = [e.parameter.detach().clone() for e in self._exchanged]
+            local = [e.parameter.detach().clone() for e in self._parameters.exchanged]
         self._read()
         self._client.peek()
-        self._write_back()
+        self._parameters.write_back()
         self._viewing_center = True
         try:
             yield
         finally:
             self._viewing_center = False
             with torch.no_grad():
-                for e, value in zip(self._exchanged, local, strict=True):
+                for e, value in zip(self._parameters.exchanged, local, strict=True):
                     e.parameter.copy_(value)
 
     def center_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -268,8 +244,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         """
         self.check_open("center_state_dict()")
         center = self.center.snapshot()
-        names = {id(e.parameter): e.name for e in self._exchanged}
-        names |= {id(parameter): leader.name for _, parameter, leader in self._parameters.tied}
+        names = self._parameters.names()
         state = model.state_dict()
         for key, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in names and key in state:
@@ -299,6 +274,14 @@ class AGNOptimizer(torch.optim.Optimizer):
             raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
         self.center.check_open()
 
+    def _read(self) -> None:
+        self._layout_changed = True
+        try:
+            self._parameters.read(self._client)
+        except LayoutError as error:
+            raise LayoutError(f"{self.center.label}: {error}") from None
+        self._layout_changed = False
+
     def _exchange(self) -> None:
         self._read()
         try:
@@ -307,67 +290,8 @@ class AGNOptimizer(torch.optim.Optimizer):
             self._steps_since_exchange = 0
             raise
         finally:
-            self._write_back()
+            self._parameters.write_back()
         self._steps_since_exchange = 0
-
-    def _read(self) -> None:
-        """Make sure that the center knows each parameter where it is now; fill the copies."""
-        self._layout_changed = True
-        self._check_parameters()
-        with torch.inference_mode(False), torch.no_grad():
-            for index, e in enumerate(self._exchanged):
-                p = e.parameter
-                if _direct(p):
-                    moved = e.copied or p.data_ptr() != e.address
-                    e.tensor, e.copied = (p.detach() if moved else e.tensor), False
-                elif e.copied:
-                    moved = False
-                    e.tensor.copy_(p)
-                else:
-                    moved = True
-                    e.tensor, e.copied = _copy(p), True
-                if moved:
-                    e.address = e.tensor.data_ptr()
-                    self._client.rebind(index, e.tensor)
-        self._layout_changed = False
-
-    @torch.no_grad()
-    def _write_back(self) -> None:
-        """Tell autograd that the parameters changed; empty the copies into those that have one."""
-        for e in self._exchanged:
-            if e.copied:
-                e.parameter.copy_(e.tensor)
-        torch.autograd.graph.increment_version([e.parameter for e in self._exchanged])
-
-    def _check_parameters(self) -> None:
-        """The center was laid out for the parameters as they were at the start."""
-        reason = None
-        addresses: set[int] = set()
-        now = _all(self.optimizer)
-        if len(now) != len(self._all_parameters):
-            reason = f"the wrapped optimizer has {len(now)} parameters, it had {len(self._all_parameters)}"
-        elif any(p is not q for p, q in zip(now, self._all_parameters, strict=True)):
-            reason = "the wrapped optimizer has another parameter in the place of one that it had"
-        for e in self._exchanged:
-            p = e.parameter
-            if p.dtype != e.dtype or p.shape != e.shape:
-                reason = f"{e.name!r} is {p.dtype}{list(p.shape)}, it was {e.dtype}{list(e.shape)}"
-            elif p.numel() > 0 and p.data_ptr() in addresses:
-                reason = f"{e.name!r} shares its storage with another parameter, it did not"
-            elif not p.is_contiguous() and _overlaps_itself(p):
-                reason = f"{e.name!r} is a view whose elements share memory, it was not"
-            addresses.add(p.data_ptr())
-        for name, parameter, leader in self._parameters.tied:
-            if parameter.data_ptr() != leader.parameter.data_ptr():
-                reason = f"{name!r} has a storage of its own, it shared that of {leader.name!r}"
-        for name, parameter in self._parameters.frozen:
-            if parameter.requires_grad:
-                reason = f"{name!r} has no place in the center: it requires a gradient, it was frozen"
-        if reason:
-            raise LayoutError(
-                f"{self.center.label}: {reason} at the start. Close this AGNOptimizer and wrap the optimizer again, "
-                "on every rank."
-            )
 
     # ---- checkpoints
 
@@ -378,7 +302,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         """
         self.check_open("state_dict()")
         anchor = {}
-        for index, e in enumerate(self._exchanged):
+        for index, e in enumerate(self._parameters.exchanged):
             anchor[e.name] = torch.empty(e.shape, dtype=e.dtype)
             self._client.read_anchor(index, anchor[e.name])
         return {
@@ -408,7 +332,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         mine = own is not None and (own["rank"], own["size"]) == (self.center.rank, self.center.size)
         if own is not None:
             found = {name: (value.shape, value.dtype) for name, value in own["anchor"].items()}
-            expected = {e.name: (e.shape, e.dtype) for e in self._exchanged}
+            expected = {e.name: (e.shape, e.dtype) for e in self._parameters.exchanged}
             for name in expected.keys() | found.keys():
                 if found.get(name) != expected.get(name):
                     raise CheckpointError(
@@ -423,100 +347,5 @@ class AGNOptimizer(torch.optim.Optimizer):
             self.pull()
             return
         self._steps_since_exchange = own["steps_since_exchange"]
-        for index, e in enumerate(self._exchanged):
+        for index, e in enumerate(self._parameters.exchanged):
             self._client.write_anchor(index, own["anchor"][e.name].detach().cpu().contiguous())
-
-
-def _direct(parameter: torch.Tensor) -> bool:
-    """Whether the core can work on the parameter's own storage."""
-    return parameter.device.type == "cpu" and parameter.is_contiguous()
-
-
-def _copy(parameter: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU."""
-    return parameter.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _all(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _select(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
-) -> _Parameters:
-    """Which parameters are exchanged, each storage once.
-
-    Raises:
-        LayoutError: names a parameter that cannot be.
-    """
-    given = {id(parameter): name for name, parameter in named_parameters or ()}
-    found = _Parameters()
-    storages: dict[tuple[Any, ...], _Exchanged] = {}
-    for g, group in enumerate(optimizer.param_groups):
-        own_names = group.get("param_names")
-        for i, p in enumerate(group["params"]):
-            name = own_names[i] if own_names else f"param_groups[{g}].params[{i}]"
-            name = given.get(id(p), name)
-            if not p.requires_grad:
-                found.frozen.append((name, p))
-                continue
-            _refuse_unusable(name, p)
-            storage = (p.device, p.data_ptr(), p.shape, p.stride())
-            if p.numel() > 0 and storage in storages:
-                found.tied.append((name, p, storages[storage]))
-                continue
-            tensor = p.detach() if _direct(p) else _copy(p)
-            storages[storage] = _Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
-            found.exchanged.append(storages[storage])
-    name, times = collections.Counter(e.name for e in found.exchanged).most_common(1)[0] if storages else ("", 0)
-    if times > 1:
-        raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
-    _refuse_shared(found.exchanged)
-    return found
-
-
-def _refuse_unusable(name: str, p: torch.Tensor) -> None:
-    reason = None
-    if isinstance(p, torch.nn.parameter.UninitializedParameter):
-        reason = "has no shape yet; run one forward pass before wrapping the optimizer"
-    elif p.layout != torch.strided:
-        reason = f"has layout {p.layout}; use a dense parameter"
-    elif p.is_meta:
-        reason = "is on the meta device; materialise the model before wrapping the optimizer"
-    elif p.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        reason = f"is {p.dtype}; use float32, float64, float16 or bfloat16"
-    elif _overlaps_itself(p):
-        reason = "is a view whose elements share memory; use p.contiguous()"
-    if reason:
-        raise LayoutError(f"{name!r} cannot be exchanged: it {reason}.")
-
-
-def _overlaps_itself(p: torch.Tensor) -> bool:
-    """Whether two elements have one address, as after expand(). True also of some exotic views that have none."""
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted((stride, size) for size, stride in zip(p.shape, p.stride(), strict=True) if size > 1):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def _refuse_shared(exchanged: list[_Exchanged]) -> None:
-    """Raise LayoutError if an element of one parameter is an element of another."""
-    by_storage: dict[int, list[_Exchanged]] = {}
-    for e in exchanged:
-        if e.parameter.numel() > 0:
-            by_storage.setdefault(e.parameter.untyped_storage().data_ptr(), []).append(e)
-    for group in by_storage.values():
-        if len(group) == 1:
-            continue
-        unit = min(e.parameter.element_size() for e in group)
-        owner = torch.zeros(group[0].parameter.untyped_storage().nbytes() // unit, dtype=torch.int32)
-        for number, e in enumerate(group, start=1):
-            p, units = e.parameter, e.parameter.element_size() // unit
-            strides = [stride * units for stride in p.stride()]
-            place = owner.as_strided([*p.shape, units], [*strides, 1], p.storage_offset() * units)
-            if other := int(place.max()):
-                names = f"{group[other - 1].name!r} and {e.name!r}"
-                raise LayoutError(f"{names} share memory in part. Give each its own storage.")
-            place.fill_(number)
