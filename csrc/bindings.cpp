@@ -79,7 +79,11 @@ Buffer anchor_buffer(const Client& client, std::size_t segment, const Array& val
 }
 
 nb::dict stats_dict(const Client& client) {
-  const Stats s = client.stats();
+  Stats s;
+  {
+    const nb::gil_scoped_release release;
+    s = client.stats();
+  }
   std::uint64_t pushes = 0;
   nb::list histogram;
   for (const std::uint64_t n : s.staleness_histogram) pushes += n;
@@ -221,7 +225,7 @@ void bind_client(nb::module_& m) {
 
   nb::class_<Client>(m, "Client", "One worker's arrays and anchor.")
       .def(nb::init<std::shared_ptr<Center>, std::vector<Buffer>>(), "center"_a, "buffers"_a, Release())
-      .def("bind", &Client::bind, "index"_a, "buffer"_a)
+      .def("bind", &Client::bind, "index"_a, "buffer"_a, Release())
       .def(
           "exchange",
           [](Client& self, double steps) {
@@ -234,15 +238,20 @@ void bind_client(nb::module_& m) {
       .def(
           "read_anchor",
           [](const Client& self, std::size_t index, const Array& values) {
-            self.read_anchor(index, anchor_buffer(self, index, values).data);
+            const Buffer to = anchor_buffer(self, index, values);
+            const nb::gil_scoped_release release;
+            self.read_anchor(index, to.data);
           },
           "index"_a, "values"_a)
       .def(
           "write_anchor",
           [](Client& self, std::size_t index, const Array& values) {
-            self.write_anchor(index, anchor_buffer(self, index, values).data);
+            const Buffer from = anchor_buffer(self, index, values);
+            const nb::gil_scoped_release release;
+            self.write_anchor(index, from.data);
           },
           "index"_a, "values"_a)
+      .def("close", &Client::close, Release())
       .def("stats", &stats_dict)
       .def_prop_ro("extra_bytes", &Client::extra_bytes);
 }

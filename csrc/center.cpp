@@ -182,9 +182,7 @@ Center::Center(Comm& comm, Layout layout, Rule rule)
       ranks_(comm.size()),
       limits_(comm.limits()),
       process_(getpid()) {
-  HVD_AGN_EXPECTS(comm.node_size() == comm.size(), std::invalid_argument, "[rank ", rank_, "] ",
-                  comm.size() - comm.node_size(), " of ", comm.size(),
-                  " ranks are on another node: this version exchanges through shared memory only. Run on one node.");
+  HVD_AGN_EXPECTS(comm.node_size() == comm.size(), std::invalid_argument, "some ranks are on another node");
   HVD_AGN_EXPECTS(layout_.blocks() + ranks_ <= kIndexMask, std::invalid_argument, "a center of ", layout_.blocks(),
                   " blocks is too large: raise HVD_AGN_BLOCK_BYTES (now ", layout_.block_bytes(), ")");
   bytes_ = memory_bytes(layout_, rule_.slots(), ranks_);

@@ -42,8 +42,20 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers)
   copy_all(true);
 }
 
-void Client::bind(std::size_t segment, const Buffer& buffer) {
+std::unique_lock<std::mutex> Client::enter() const {
+  std::unique_lock<std::mutex> guard(mutex_);
+  HVD_AGN_EXPECTS(!closed_, UsageError, "[rank ", center_->rank(),
+                  "] this worker has left the center: used after close().");
+  return guard;
+}
+
+void Client::close() {
   const std::lock_guard<std::mutex> guard(mutex_);
+  closed_ = true;
+}
+
+void Client::bind(std::size_t segment, const Buffer& buffer) {
+  const auto guard = enter();
   Buffer& own = buffers_.at(segment);
   HVD_AGN_EXPECTS(buffer.count == own.count && buffer.dtype == own.dtype, std::invalid_argument, "array ", segment,
                   " does not match the registered one in size or type");
@@ -87,7 +99,7 @@ std::size_t Client::find_nonfinite() const {
 
 std::size_t Client::exchange(double steps) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
-  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto guard = enter();
   const Timed timed(&stats_.seconds);
   if (const std::size_t segment = find_nonfinite(); segment != kAccepted) {
     ++stats_.pushes_refused;
@@ -155,31 +167,31 @@ void Client::copy_all(bool with_anchor) {
 }
 
 void Client::pull() {
-  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto guard = enter();
   copy_all(true);
   ++stats_.pulls;
 }
 
 void Client::peek() {
-  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto guard = enter();
   copy_all(false);
 }
 
 void Client::read_anchor(std::size_t segment, void* values) const {
-  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto guard = enter();
   const Buffer& buffer = buffers_.at(segment);
   std::memcpy(values, anchor_.data() + anchor_offset_[segment], buffer.count * item_size(buffer.dtype));
 }
 
 void Client::write_anchor(std::size_t segment, const void* values) {
-  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto guard = enter();
   const Buffer& buffer = buffers_.at(segment);
   std::memcpy(anchor_.data() + anchor_offset_[segment], values, buffer.count * item_size(buffer.dtype));
   anchor_range_ = std::max(anchor_range_, kernels().scan(buffer.dtype, values, buffer.count));
 }
 
 Stats Client::stats() const {
-  const std::lock_guard<std::mutex> guard(mutex_);
+  const auto guard = enter();
   return stats_;
 }
 

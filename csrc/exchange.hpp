@@ -56,6 +56,9 @@ class Client {
   void read_anchor(std::size_t segment, void* values) const;
   void write_anchor(std::size_t segment, const void* values);
 
+  /// Waits for a call that is under way; every later one throws UsageError. The buffers may then go.
+  void close();
+
   Stats stats() const;
   const std::vector<Buffer>& buffers() const { return buffers_; }
   /// Memory beyond the buffers, in bytes: the anchor, and bookkeeping.
@@ -69,7 +72,10 @@ class Client {
   void copy_all(bool with_anchor);
   Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out, bool with_anchor) const;
 
+  std::unique_lock<std::mutex> enter() const;
+
   mutable std::mutex mutex_;
+  bool closed_ = false;
   std::shared_ptr<Center> center_;
   std::vector<Buffer> buffers_;
   std::vector<std::byte> anchor_;

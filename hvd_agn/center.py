@@ -11,14 +11,23 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from . import _core, checkpoint, config, mpi, rules
 from .client import Client, Stats, register
-from .errors import AGNError, CheckpointError, ConfigError, LayoutError, SharedMemoryError, UsageError
+from .errors import (
+    AGNError,
+    CheckpointError,
+    ConfigError,
+    LaunchError,
+    LayoutError,
+    SharedMemoryError,
+    StallError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -89,7 +98,14 @@ class Center:
         parent = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(parent, MPI.Intracomm):
             raise ConfigError(f"comm={comm!r}: give an mpi4py communicator, or None for MPI.COMM_WORLD.")
-        self._comm = _core.Comm(MPI._handleof(parent), config.STALL_SECONDS.read(), config.STALL_ABORT_SECONDS.read())
+        _register_at_exit(MPI)
+        try:
+            self._comm = _core.Comm(
+                MPI._handleof(parent), config.STALL_SECONDS.read(), config.STALL_ABORT_SECONDS.read()
+            )
+        except StallError:
+            _missing.append(name)
+            raise
         self._mpi_comm = MPI.Comm.fromhandle(self._comm.handle)
         self.label = f"[rank {self._comm.rank}] {name}"
 
@@ -98,9 +114,12 @@ class Center:
         try:  # a rank that fails alone would leave the others waiting: all learn of it first
             self._names, self._shapes, values, signature = self._describe(arrays)
             wide = self._initial(values, signature)
-        except (AGNError, TypeError) as failure:
+        except Exception as failure:
             error = error or failure
-        self._agree(error, signature)
+        expected = self._mpi_comm.bcast(signature, root=0)
+        if error is None and signature != expected and expected:
+            error = LayoutError(_first_difference(signature, expected))
+        self._agree(error)
         self._allocate(wide)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
         """The client of this rank's ``arrays``."""
@@ -123,13 +142,13 @@ class Center:
         signature.append(("rule", repr(self.rule)))
         return names, shapes, values, signature
 
-    def _agree(self, error: Exception | None, signature: list[tuple[Any, ...]]) -> None:
-        """Every rank raises if any rank has an error or differs from rank 0."""
-        expected = self._mpi_comm.bcast(signature, root=0)
-        if error is None and signature != expected and expected:
-            error = LayoutError(f"{self.label}: {_first_difference(signature, expected)}")
+    def _agree(self, error: Exception | None) -> None:
+        """Every rank raises if any rank has an error: its own, or else the first."""
+        if error is not None and not isinstance(error, AGNError):  # which may not be possible to send
+            error = LayoutError(f"{type(error).__name__}: {error}")
         if error is not None and not str(error).startswith("[rank"):
             error = type(error)(f"{self.label}: {error}")
+        self._comm.barrier("waits for the other ranks to create their centers")
         errors = self._mpi_comm.allgather(error)
         first = next((e for e in errors if e is not None), None)
         if first is not None:
@@ -154,20 +173,33 @@ class Center:
         native_rule = self.rule._native()
         self.nbytes = layout.memory_bytes(native_rule, self._comm.size)
         """Bytes of shared memory that the center takes at its host."""
-        free = mpi.shared_memory_free() if self._comm.rank == 0 and self._comm.size > 1 else self.nbytes
-        free = self._mpi_comm.bcast(free, root=0)
-        if free < self.nbytes:
-            self._comm.free()
-            raise SharedMemoryError(
-                f"{self.label}: the center needs {self.nbytes} bytes of shared memory, "
-                f"{mpi.shared_memory_directory()} on the host has {free} free. Free some there, or mount it larger "
-                "(docker run --shm-size, mount -o remount,size=...)."
-            )
+        self._agree(self._refuse_surroundings())
         self._native = _core.Center(self._comm, layout, native_rule)
-        _register_at_exit(self)
+        _centers.append(self)
         if self._comm.rank == 0:
             self._native.write([wide], 0)
         self._comm.barrier("waits for rank 0 to write its parameters to the center")
+
+    def _refuse_surroundings(self) -> Exception | None:
+        """Why the center cannot be here: other nodes, or no room for it."""
+        elsewhere = self._comm.size - self._comm.node_size
+        if elsewhere > 0:
+            return LaunchError(
+                f"{elsewhere} of {self._comm.size} ranks are on another node than this one. This version exchanges "
+                "through shared memory only: run on one node, or give comm=COMM_WORLD.Split_type(COMM_TYPE_SHARED)."
+            )
+        if self._comm.rank > 0 or self._comm.size == 1:
+            return None
+        try:
+            free = mpi.shared_memory_free()
+        except OSError as error:
+            return SharedMemoryError(f"no place for shared memory: {error}. See docs/environment.md.")
+        if free >= self.nbytes:
+            return None
+        return SharedMemoryError(
+            f"the center needs {self.nbytes} bytes of shared memory, {mpi.shared_memory_directory()} on the host has "
+            f"{free} free. Free some there, or mount it larger (docker run --shm-size, mount -o remount,size=...)."
+        )
 
     # ---- exchange
 
@@ -289,7 +321,8 @@ class Center:
         if error is not None:
             raise error
         for client in self._clients:
-            client.pull()
+            if self._owner is None or client is not self.arrays_client:
+                client.pull()
         if self._owner is not None:
             self._owner.pull()
 
@@ -350,43 +383,53 @@ def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]])
 
 _centers: list[Center] = []  # open, in order of creation
 _finished: list[tuple[int, _core.Comm, _core.Center]] = []  # closed; their windows go at exit, which is collective
+_missing: list[str] = []  # centers for which a rank did not come
 _serials = itertools.count()
 _process = os.getpid()
+_finalize_key: int | None = None  # of the attribute that MPI_Finalize deletes first
 
 
-def _register_at_exit(center: Center) -> None:
-    if not _centers and not _finished:
-        atexit.unregister(_finish)
-        atexit.register(_finish)  # after mpi4py's import: runs before MPI_Finalize
-    _centers.append(center)
+def _register_at_exit(MPI: ModuleType) -> None:
+    """Finish before MPI does: at exit, or when someone calls MPI_Finalize before."""
+    global _finalize_key
+    if _finalize_key is None:
+        _finalize_key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finish())
+        MPI.COMM_SELF.Set_attr(_finalize_key, True)
+        atexit.register(_finish_at_exit)  # after mpi4py's import: runs before its MPI_Finalize
+
+
+def _finish_at_exit() -> None:
+    from mpi4py import MPI
+
+    if os.getpid() == _process and _finalize_key is not None and not MPI.Is_finalized():
+        MPI.COMM_SELF.Delete_attr(_finalize_key)
 
 
 def _finish() -> None:
     """Push what is left, then wait, asleep, for the other ranks, and give the windows back in the same order."""
-    if os.getpid() != _process:  # a forked child
-        return
-    for center in list(_centers):
-        try:
-            center.close()
-        except Exception as error:  # the others are closed all the same
-            print(f"{center.label}: closing failed: {error}", file=sys.stderr)
-    failure = getattr(sys, "last_type", None)
-    if failure is not None and _finished:
-        comm = _finished[0][1]
-        print(
-            f"[rank {comm.rank}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays in the center "
-            "and the other ranks go on; this one waits for them to end.",
-            file=sys.stderr,
-            flush=True,
-        )
     try:
+        for center in list(_centers):
+            try:
+                center.close()
+            except Exception as error:  # the others are closed all the same
+                print(f"{center.label}: closing failed: {error}", file=sys.stderr)
+        failure = getattr(sys, "last_type", None)
+        if failure is not None and _finished:
+            print(
+                f"[rank {_finished[0][1].rank}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays "
+                "in the center and the other ranks go on; this one waits for them to end.",
+                file=sys.stderr,
+                flush=True,
+            )
         for _, comm, memory in sorted(_finished, key=lambda entry: entry[0]):
             memory.free(comm)
             comm.free()
-    except AGNError as error:
+        _finished.clear()
+        if _missing:
+            raise StallError(f"hvd_agn: not all ranks created {_missing[0]}; this process ends without MPI_Finalize.")
+    except BaseException as error:
         # MPI_Finalize would wait for the same ranks, without a limit.
-        print(error, file=sys.stderr)
+        print(str(error) or type(error).__name__, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-    _finished.clear()

@@ -96,10 +96,19 @@ class Client:
         self._open().peek()
 
     def rebind(self, index: int, array: Any) -> None:
-        """Array ``index`` is now ``array``, of the same shape and type: its storage has moved."""
+        """Array ``index`` is now ``array``, of the same shape and type: its storage has moved.
+
+        Raises:
+            LayoutError: it is not; the old array stays.
+        """
         buffer = _buffer(self._names[index], array)
+        if tuple(array.shape) != tuple(self._arrays[index].shape):
+            raise LayoutError(f"{self._center.label}: {self._names[index]!r} cannot change its shape.")
+        try:
+            self._open().bind(index, buffer)
+        except ValueError as error:
+            raise LayoutError(f"{self._center.label}: {self._names[index]!r}: {error}.") from None
         self._arrays[index] = array
-        self._open().bind(index, buffer)
 
     def read_anchor(self, index: int, out: Any) -> None:
         """Copy the anchor of array ``index`` to ``out``, an array like it."""
@@ -119,6 +128,9 @@ class Client:
         return self._open().extra_bytes
 
     def _close(self) -> None:
+        """Waits for an exchange that another thread has under way."""
+        if self._native is not None:
+            self._native.close()
         self._native = None
         self._arrays = []
 

@@ -4,6 +4,7 @@ A rule is an immutable description; the arithmetic is in the native core (``csrc
 pass over each block. ``delta = (theta - anchor) / k`` is the mean update of a worker over its k local steps.
 """
 
+import numbers
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,5 +99,6 @@ class SGD(Rule):
 def _finite(rule: Rule, *names: str) -> None:
     for name in names:
         value = getattr(rule, name)
-        if not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if not isinstance(value, numbers.Real) or not abs(float(value)) < float("inf"):
             raise ConfigError(f"rules.{type(rule).__name__}: {name}={value!r}: give a finite number.")
+        object.__setattr__(rule, name, float(value))  # 1 and 1.0 are one rule

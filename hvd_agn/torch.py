@@ -208,8 +208,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         """Set the parameters to the center. Steps not yet pushed are dropped; ``flush()`` keeps them."""
         self.check_open("pull()")
         self._read()
-        self._client.pull()
-        self._parameters.write_back()
+        try:
+            self._client.pull()
+        finally:  # also when it was cut short: what was pulled has its anchor
+            self._parameters.write_back()
         self._steps_since_exchange = 0
 
     @contextmanager
@@ -222,10 +224,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             local = [e.parameter.detach().clone() for e in self._parameters.exchanged]
         self._read()
-        self._client.peek()
-        self._parameters.write_back()
-        self._viewing_center = True
         try:
+            self._client.peek()
+            self._parameters.write_back()
+            self._viewing_center = True
             yield
         finally:
             self._viewing_center = False
@@ -267,6 +269,12 @@ class AGNOptimizer(torch.optim.Optimizer):
         if self._layout_changed:  # step() has said that they cannot be pushed
             self._steps_since_exchange = 0
         self.center.close()
+
+    def __enter__(self) -> "AGNOptimizer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def check_open(self, call: str) -> None:
         """Raise UsageError after ``close()`` or inside ``center_weights()``; ``call`` is named in the message."""

@@ -1,9 +1,12 @@
 """Bad input and bad surroundings: each message names the thing, the rank and the fix, on every rank."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +61,7 @@ def test_a_start_that_is_not_finite():
     [
         (lambda: rules.Add(scale=float("nan")), "rules.Add: scale=nan: give a finite number"),
         (lambda: rules.Add(scale="1"), "rules.Add: scale='1': give a finite number"),
-        (lambda: rules.SGD(lr=-1), "rules.SGD: lr=-1: give 0 or more"),
+        (lambda: rules.SGD(lr=-1), "rules.SGD: lr=-1.0: give 0 or more"),
         (lambda: rules.SGD(lr=1, momentum=-0.1), "momentum=-0.1: give 0 or more"),
         (lambda: rules.SGD(lr=1, nesterov=True), "nesterov=True needs momentum > 0 and dampening=0"),
         (lambda: Center([np.zeros(1, np.float32)], rule="add"), "rule='add': give one of hvd_agn.rules"),
@@ -185,8 +188,8 @@ def need_too_much():
 
 
 def test_no_room_for_the_center():
-    for rank, text in enumerate(on_ranks(2, need_too_much)):
-        assert f"[rank {rank}] Center: the center needs 2" in text
+    for text in on_ranks(2, need_too_much):
+        assert "[rank 0] Center: the center needs 2" in text  # the host
         assert "bytes of shared memory" in text
         assert "has 10000000 free" in text
         assert "docker run --shm-size" in text
@@ -208,6 +211,54 @@ def test_a_small_shared_memory_file_system(tmp_path):
         on_ranks(2, really_need_too_much, str(tmp_path), env={"OMPI_MCA_osc_sm_backing_directory": str(tmp_path)})
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def fail_on_rank_0(where):
+    """What goes wrong on rank 0 alone, of any kind, is raised on every rank."""
+    if where == "room":
+        mpi.shared_memory_free = lambda: os.statvfs("/nonexistent").f_bavail
+    else:
+        _core.widen = fail
+    with pytest.raises((SharedMemoryError, LayoutError)) as caught:
+        Center([np.zeros(100, np.float32)])
+    return str(caught.value)
+
+
+def fail(*_):
+    raise MemoryError("no memory for this")
+
+
+@pytest.mark.parametrize(
+    ("where", "message"), [("room", "no place for shared memory: .*nonexistent"), ("values", "MemoryError: no memory")]
+)
+def test_rank_0_fails_alone(where, message):
+    for text in on_ranks(2, fail_on_rank_0, where, timeout=30):
+        assert re.search(rf"\[rank 0\] Center: {message}", text)
+
+
+class TwoNodes:
+    """A communicator of which one rank is said to be elsewhere."""
+
+    def __init__(self, comm):
+        self._comm = comm
+        self.node_size = comm.size - 1
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+
+def on_two_nodes():
+    make = _core.Comm
+    _core.Comm = lambda *args: TwoNodes(make(*args))
+    with pytest.raises(LaunchError) as caught:
+        Center([np.zeros(100, np.float32)])
+    return str(caught.value)
+
+
+def test_ranks_on_another_node():
+    for rank, text in enumerate(on_ranks(2, on_two_nodes)):
+        assert f"[rank {rank}] Center: 1 of 2 ranks are on another node than this one" in text
+        assert "run on one node" in text
 
 
 # ---- launching
@@ -337,9 +388,83 @@ def test_a_rank_that_raises_leaves_its_pushes_and_the_others(tmp_path):
     assert done.returncode != 0
 
 
-def hang():
-    import time
+FINALIZE = """
+import numpy as np
+from mpi4py import MPI
+import hvd_agn
+theta = np.zeros(10, np.float32)
+center = hvd_agn.Center([theta])
+class Owner:
+    def flush(self):
+        theta[:] += 1
+        center.arrays_client.exchange(1)
+        print("flushed", flush=True)
+center.own(Owner())
+MPI.Finalize()
+print("finalized", center.label, flush=True)
+"""
 
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mpi_finalised_by_the_script(tmp_path, ranks):
+    (tmp_path / "script.py").write_text(FINALIZE)
+    done = launch.run_ranks(ranks, [sys.executable, str(tmp_path / "script.py")], timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("flushed") == ranks
+    assert done.stdout.count("finalized") == ranks
+
+
+LATE = """
+import sys, time
+import numpy as np
+from mpi4py import MPI
+import hvd_agn
+if MPI.COMM_WORLD.rank == 1:
+    time.sleep(4)
+    sys.exit()
+try:
+    hvd_agn.Center([np.zeros(3, np.float32)])
+except hvd_agn.errors.StallError:
+    print("gave up", flush=True)
+"""
+
+
+def test_a_process_that_gave_up_ends(tmp_path):
+    (tmp_path / "script.py").write_text(LATE)
+    env = {"HVD_AGN_STALL_ABORT_SECONDS": "1"}
+    done = launch.run_ranks(2, [sys.executable, str(tmp_path / "script.py")], timeout=60, env=env)
+    assert "gave up" in done.stdout
+    assert "not all ranks created Center; this process ends without MPI_Finalize" in done.stderr
+    assert done.returncode != 0
+
+
+def close_under_an_exchange():
+    """Closing waits for the exchange of another thread, whose next one is refused."""
+    center = Center([np.zeros(100_000, np.float32)])
+    client = center.arrays_client
+    refused = []
+
+    def work():
+        try:
+            while True:
+                client.exchange(1)
+        except UsageError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.2)
+    center.close()
+    thread.join()
+    return refused[0]
+
+
+def test_closing_while_another_thread_exchanges():
+    for text in on_ranks(2, close_under_an_exchange):
+        assert "used after close()" in text
+
+
+def hang():
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.rank == 1:

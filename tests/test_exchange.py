@@ -257,6 +257,9 @@ def test_clients_must_match():
         center.client([np.zeros(6, np.float32)])
     with pytest.raises(LayoutError, match="array 0 does not match"):
         center.client([np.zeros(5, np.float64)])
-    with pytest.raises(ValueError, match="array 0 does not match the registered one"):
+    with pytest.raises(LayoutError, match="'array 0' cannot change its shape"):
         center.arrays_client.rebind(0, np.zeros(4, np.float32))
+    with pytest.raises(LayoutError, match="array 0 does not match the registered one"):
+        center.arrays_client.rebind(0, np.zeros(5, np.float16))
+    center.exchange(1)
     assert wide(np.zeros(1, np.float16)).dtype == np.float32

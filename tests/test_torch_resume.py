@@ -12,7 +12,15 @@ from ranks import on_ranks
 from torch import nn
 
 from hvd_agn import rules
-from hvd_agn.errors import CheckpointError, LayoutError, NonFiniteError, NonFiniteWarning, StalenessWarning, UsageError
+from hvd_agn.errors import (
+    CheckpointError,
+    LayoutError,
+    NonFiniteError,
+    NonFiniteWarning,
+    StalenessWarning,
+    StallError,
+    UsageError,
+)
 from hvd_agn.torch import AGNOptimizer
 
 
@@ -564,3 +572,26 @@ def fail_on_rank_1():
 
 def test_an_error_of_one_rank_reaches_all():
     on_ranks(2, fail_on_rank_1, timeout=30)
+
+
+@pytest.mark.parametrize("part", ["pull", "center_weights"])
+def test_a_look_or_pull_that_is_cut_short_changes_nothing_at_the_center(part, monkeypatch):
+    """The native call has done its work when the error comes, as it has for the first blocks when a rank stalls."""
+    p = nn.Parameter(torch.zeros(4, 3).t())
+    opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 5)
+    push(opt, 10.0)
+    client = opt._client
+    native = {"pull": client.pull, "center_weights": client.peek}[part]
+
+    def cut_short():
+        native()
+        raise StallError("cut short")
+
+    monkeypatch.setattr(client, "pull" if part == "pull" else "peek", cut_short)
+    p.grad = torch.full((3, 4), -1.0)
+    opt.step()
+    with pytest.raises(StallError):
+        opt.pull() if part == "pull" else opt.center_weights().__enter__()
+    opt.flush()
+    expected = 10 if part == "pull" else 11
+    np.testing.assert_array_equal(opt.center.snapshot()["param_groups[0].params[0]"], expected)
