@@ -29,6 +29,12 @@ std::atomic<int> signal_number{0};
 
 }  // namespace
 
+void use_huge_pages(void* data, std::size_t bytes) {
+  const std::uintptr_t start = round_up(reinterpret_cast<std::uintptr_t>(data), kPage);
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+}
+
 void signal_at(Stage stage, std::size_t block, int signal) {
   signal_block.store(block);
   signal_number.store(signal);
@@ -191,6 +197,7 @@ Center::Center(Comm& comm, Layout layout, Rule rule)
   if (ranks_ == 1) {
     base_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base_ == MAP_FAILED) throw std::bad_alloc();
+    use_huge_pages(base_, bytes_);
   } else {
     const MPI_Aint own = comm.node_rank() == 0 ? static_cast<MPI_Aint>(bytes_) : 0;
     check(MPI_Win_allocate_shared(own, 1, MPI_INFO_NULL, comm.node(), &base_, &window_), rank_,

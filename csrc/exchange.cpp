@@ -26,17 +26,17 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers)
   const auto& segments = center_->layout().segments();
   HVD_AGN_EXPECTS(buffers_.size() == segments.size(), std::invalid_argument, "the center has ", segments.size(),
                   " arrays, this client gives ", buffers_.size());
-  std::size_t anchor_bytes = 0;
   for (std::size_t s = 0; s < buffers_.size(); ++s) {
     const Buffer& buffer = buffers_[s];
     HVD_AGN_EXPECTS(buffer.count == segments[s].count && center_dtype(buffer.dtype) == segments[s].dtype,
                     std::invalid_argument, "array ", s, " does not match the center's in size or type");
-    anchor_offset_.push_back(anchor_bytes);
+    anchor_offset_.push_back(anchor_bytes_);
     const std::size_t bytes = buffer.count * item_size(buffer.dtype);
-    anchor_bytes += (bytes + Layout::kAlignment - 1) / Layout::kAlignment * Layout::kAlignment;
+    anchor_bytes_ += (bytes + Layout::kAlignment - 1) / Layout::kAlignment * Layout::kAlignment;
     push_bytes_ += bytes;
   }
-  anchor_.resize(anchor_bytes);
+  anchor_.reset(new std::byte[anchor_bytes_]);
+  use_huge_pages(anchor_.get(), anchor_bytes_);
   seen_.resize(center_->layout().blocks());
   busy_.reserve(seen_.size());
   copy_all(true);
@@ -66,7 +66,7 @@ Piece Client::piece(const Layout::Part& part, const std::byte* in, std::byte* ou
   const Buffer& buffer = buffers_[part.segment];
   const std::size_t offset = part.first * item_size(buffer.dtype);
   return {static_cast<std::byte*>(buffer.data) + offset,
-          with_anchor ? const_cast<std::byte*>(anchor_.data()) + anchor_offset_[part.segment] + offset : nullptr,
+          with_anchor ? anchor_.get() + anchor_offset_[part.segment] + offset : nullptr,
           in ? in + part.block_offset : nullptr,
           out ? out + part.block_offset : nullptr,
           center_->slot_stride(),
@@ -180,13 +180,13 @@ void Client::peek() {
 void Client::read_anchor(std::size_t segment, void* values) const {
   const auto guard = enter();
   const Buffer& buffer = buffers_.at(segment);
-  std::memcpy(values, anchor_.data() + anchor_offset_[segment], buffer.count * item_size(buffer.dtype));
+  std::memcpy(values, anchor_.get() + anchor_offset_[segment], buffer.count * item_size(buffer.dtype));
 }
 
 void Client::write_anchor(std::size_t segment, const void* values) {
   const auto guard = enter();
   const Buffer& buffer = buffers_.at(segment);
-  std::memcpy(anchor_.data() + anchor_offset_[segment], values, buffer.count * item_size(buffer.dtype));
+  std::memcpy(anchor_.get() + anchor_offset_[segment], values, buffer.count * item_size(buffer.dtype));
   anchor_range_ = std::max(anchor_range_, kernels().scan(buffer.dtype, values, buffer.count));
 }
 
@@ -196,7 +196,7 @@ Stats Client::stats() const {
 }
 
 std::size_t Client::extra_bytes() const {
-  return anchor_.capacity() + (seen_.capacity() + busy_.capacity() + anchor_offset_.capacity()) * sizeof(std::size_t);
+  return anchor_bytes_ + (seen_.capacity() + busy_.capacity() + anchor_offset_.capacity()) * sizeof(std::size_t);
 }
 
 }  // namespace hvd_agn

@@ -78,7 +78,8 @@ class Client {
   bool closed_ = false;
   std::shared_ptr<Center> center_;
   std::vector<Buffer> buffers_;
-  std::vector<std::byte> anchor_;
+  std::unique_ptr<std::byte[]> anchor_;
+  std::size_t anchor_bytes_ = 0;
   std::vector<std::size_t> anchor_offset_;
   std::vector<std::uint64_t> seen_;     // version of each block as last pulled
   std::vector<std::size_t> busy_;       // blocks put off because another held them
