@@ -32,6 +32,8 @@ from .errors import (
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_CREATING = "waits for the other ranks to create their centers"
+
 Arrays = Mapping[str, Any] | Sequence[Any]
 
 
@@ -116,6 +118,7 @@ class Center:
             wide = self._initial(values, signature)
         except Exception as failure:
             error = error or failure
+        self._comm.barrier(_CREATING)
         expected = self._mpi_comm.bcast(signature, root=0)
         if error is None and signature != expected and expected:
             error = LayoutError(_first_difference(signature, expected))
@@ -148,7 +151,7 @@ class Center:
             error = LayoutError(f"{type(error).__name__}: {error}")
         if error is not None and not str(error).startswith("[rank"):
             error = type(error)(f"{self.label}: {error}")
-        self._comm.barrier("waits for the other ranks to create their centers")
+        self._comm.barrier(_CREATING)
         errors = self._mpi_comm.allgather(error)
         first = next((e for e in errors if e is not None), None)
         if first is not None:
@@ -317,6 +320,7 @@ class Center:
                 native.write(*checkpoint.read(Path(path), like, self.rule.active_slots()))
             except Exception as failure:  # of any kind: the other ranks wait to hear of it
                 error = CheckpointError(f"{self.label}: {path} cannot be loaded into {self.rule}: {failure}")
+        self._comm.barrier("waits for rank 0 to read the center's file")
         error = self._mpi_comm.bcast(error, root=0)
         if error is not None:
             raise error

@@ -595,3 +595,12 @@ def test_a_look_or_pull_that_is_cut_short_changes_nothing_at_the_center(part, mo
     opt.flush()
     expected = 10 if part == "pull" else 11
     np.testing.assert_array_equal(opt.center.snapshot()["param_groups[0].params[0]"], expected)
+
+
+def test_with_closes():
+    p, opt = count()
+    with opt:
+        opt.step()
+    assert_all(p, 1)
+    with pytest.raises(UsageError, match="used after close"):
+        opt.step()
