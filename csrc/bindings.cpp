@@ -281,7 +281,7 @@ NB_MODULE(_core, m) {
   m.def("mpi_library_version", &mpi_library_version);
   m.def("mpi_thread_level", &mpi_thread_level);
   m.def("mpi_init_address", &mpi_init_address);
-  m.def("library_of", &library_of, "address"_a);
+  m.def("path_of", &path_of, "address"_a);
   m.attr("cuda") = false;
 }
 

@@ -102,7 +102,7 @@ std::string mpi_thread_level() {
   return level == MPI_THREAD_FUNNELED ? "funneled" : "single";
 }
 
-std::string library_of(std::uintptr_t address) {
+std::string path_of(std::uintptr_t address) {
   Dl_info info{};
   if (!dladdr(reinterpret_cast<void*>(address), &info) || !info.dli_fname) return "";
   return info.dli_fname;

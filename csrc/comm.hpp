@@ -95,7 +95,7 @@ std::string mpi_library_version();
 std::string mpi_thread_level();
 
 /// Path of the shared object that holds this process's address, "" if none does.
-std::string library_of(std::uintptr_t address);
+std::string path_of(std::uintptr_t address);
 
 /// Address of the MPI_Init that this core calls.
 std::uintptr_t mpi_init_address();

@@ -15,7 +15,7 @@ HOW_TO_LAUNCH = "Launch with `mpirun -np N python script.py` or `horovodrun -np 
 
 def core_library() -> str:
     """Path of the MPI library that the native core calls."""
-    return _core.library_of(_core.mpi_init_address())
+    return _core.path_of(_core.mpi_init_address())
 
 
 def prepare() -> None:
@@ -64,7 +64,7 @@ def initialize() -> ModuleType:
 
 
 def _check_same_library(MPI: ModuleType, library: str) -> None:
-    theirs = _core.library_of(ctypes.cast(ctypes.CDLL(MPI.__file__).MPI_Init, ctypes.c_void_p).value or 0)
+    theirs = _core.path_of(ctypes.cast(ctypes.CDLL(MPI.__file__).MPI_Init, ctypes.c_void_p).value or 0)
     if not theirs or not library or os.path.realpath(theirs) == os.path.realpath(library):
         return
     raise LaunchError(
