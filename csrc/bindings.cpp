@@ -78,6 +78,18 @@ Buffer anchor_buffer(const Client& client, std::size_t segment, const Array& val
   return given;
 }
 
+Wire wire_of(const std::string& name) {
+  if (name == "bf16") return Wire::bf16;
+  if (name == "fp16") return Wire::fp16;
+  if (name == "int8") return Wire::int8;
+  HVD_AGN_EXPECTS(name == "none", std::invalid_argument, "no wire is called ", name);
+  return Wire::center;
+}
+
+std::int64_t refusal(std::size_t segment) {
+  return segment == Client::kAccepted ? std::int64_t{-1} : static_cast<std::int64_t>(segment);
+}
+
 nb::dict stats_dict(const Client& client) {
   Stats s;
   {
@@ -100,6 +112,8 @@ nb::dict stats_dict(const Client& client) {
   d["staleness_histogram"] = histogram;
   d["exchange_seconds"] = s.seconds;
   d["bytes"] = s.bytes;
+  d["wire_bytes"] = s.wire_bytes;
+  d["center_version"] = s.center_version;
   return d;
 }
 
@@ -148,6 +162,7 @@ void bind_comm(nb::module_& m) {
       .def_prop_ro("size", &Comm::size)
       .def_prop_ro("node_rank", &Comm::node_rank)
       .def_prop_ro("node_size", &Comm::node_size)
+      .def_prop_ro("nodes", &Comm::nodes)
       .def(
           "barrier", [](Comm& self, const std::string& what) { self.barrier(what); }, "what"_a, Release())
       .def("free", &Comm::free, Release());
@@ -179,16 +194,21 @@ void bind_center(nb::module_& m) {
             new (self) Layout(std::move(segments), block_bytes);
           },
           "counts"_a, "dtypes"_a, "block_bytes"_a)
-      .def_prop_ro("blocks", &Layout::blocks)
+      .def_prop_ro("blocks", &Layout::blocks);
+
+  nb::class_<Plan>(m, "Plan", "Which rank hosts what, and who reaches it how.")
+      .def(nb::init<const Comm&, std::vector<int>, bool>(), "comm"_a, "hosts"_a, "mailbox_only"_a)
+      .def("direct", &Plan::direct, "rank"_a, "shard"_a)
       .def(
           "memory_bytes",
-          [](const Layout& self, const Rule& rule, int ranks) {
-            return Center::memory_bytes(self, rule.slots(), ranks);
+          [](const Plan& self, const Comm& comm, const Layout& layout, const Rule& rule, bool shared) {
+            return Center::memory_bytes(comm, self, layout, rule.slots(), shared);
           },
-          "rule"_a, "ranks"_a);
+          "comm"_a, "layout"_a, "rule"_a, "shared"_a);
 
   nb::class_<Center>(m, "Center", "Shared parameters in the host's memory.")
-      .def(nb::init<Comm&, Layout, Rule>(), "comm"_a, "layout"_a, "rule"_a, Release())
+      .def(nb::init<Comm&, Plan, Layout, Rule, std::size_t>(), "comm"_a, "plan"_a, "layout"_a, "rule"_a, "ring"_a,
+           Release())
       .def(
           "read",
           [](Center& self, const std::vector<std::vector<Array>>& arrays) {
@@ -205,7 +225,7 @@ void bind_center(nb::module_& m) {
             self.write(from, version);
           },
           "planes"_a, "version"_a)
-      .def_prop_ro("version", &Center::version)
+      .def("version", &Center::version, Release())
       .def_prop_ro("recoveries", &Center::recoveries)
       .def("detach", &Center::detach, Release())
       .def("free", &Center::free, "comm"_a, Release());
@@ -224,16 +244,23 @@ void bind_client(nb::module_& m) {
       });
 
   nb::class_<Client>(m, "Client", "One worker's arrays and anchor.")
-      .def(nb::init<std::shared_ptr<Center>, std::vector<Buffer>>(), "center"_a, "buffers"_a, Release())
+      .def(
+          "__init__",
+          [](Client* self, std::shared_ptr<Center> center, std::vector<Buffer> buffers, const std::string& wire,
+             bool overlap) { new (self) Client(std::move(center), std::move(buffers), {wire_of(wire), overlap}); },
+          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, Release())
       .def("bind", &Client::bind, "index"_a, "buffer"_a, Release())
       .def(
-          "exchange",
-          [](Client& self, double steps) {
-            const std::size_t refused = self.exchange(steps);
-            return refused == Client::kAccepted ? std::int64_t{-1} : static_cast<std::int64_t>(refused);
-          },
-          "steps"_a, Release(), "Index of the array whose delta was refused, or -1.")
+          "exchange", [](Client& self, double steps, bool exact) { return refusal(self.exchange(steps, exact)); },
+          "steps"_a, "exact"_a, Release(), "Index of the array whose delta was refused, or -1.")
+      .def("start", &Client::start, "steps"_a, Release())
+      .def_prop_ro("started", &Client::started)
+      .def_prop_ro("ready", &Client::ready)
+      .def(
+          "finish", [](Client& self) { return refusal(self.finish()); }, Release(), "As exchange().")
+      .def_prop_ro("owes", &Client::owes)
       .def("pull", &Client::pull, Release())
+      .def("forget", &Client::forget, Release())
       .def("peek", &Client::peek, Release())
       .def(
           "read_anchor",

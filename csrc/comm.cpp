@@ -52,6 +52,10 @@ Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits) {
   check(MPI_Comm_set_errhandler(node_, MPI_ERRORS_RETURN), rank_, "MPI_Comm_set_errhandler");
   check(MPI_Comm_rank(node_, &node_rank_), rank_, "MPI_Comm_rank");
   check(MPI_Comm_size(node_, &node_size_), rank_, "MPI_Comm_size");
+  int first = rank_;
+  check(MPI_Bcast(&first, 1, MPI_INT, 0, node_), rank_, "MPI_Bcast");
+  nodes_.resize(size_);
+  check(MPI_Allgather(&first, 1, MPI_INT, nodes_.data(), 1, MPI_INT, comm_), rank_, "MPI_Allgather");
 }
 
 void Comm::wait(MPI_Request* request, const std::string& what, const std::function<std::uint64_t()>& progress) {

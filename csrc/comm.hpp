@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "error.hpp"
 
@@ -70,6 +71,8 @@ class Comm {
   int size() const { return size_; }
   int node_rank() const { return node_rank_; }
   int node_size() const { return node_size_; }
+  /// Of each rank: the first rank on its node.
+  const std::vector<int>& nodes() const { return nodes_; }
   StallLimits limits() const { return limits_; }
 
   /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train.
@@ -86,6 +89,7 @@ class Comm {
   MPI_Comm comm_ = MPI_COMM_NULL;
   MPI_Comm node_ = MPI_COMM_NULL;
   int rank_ = -1, size_ = 0, node_rank_ = -1, node_size_ = 0;
+  std::vector<int> nodes_;
 };
 
 /// Version text of the MPI library that this core is bound to.

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "exchange_remote.hpp"
+
 namespace hvd_agn {
 
 namespace {
@@ -11,35 +13,55 @@ namespace {
 /// Adds the life of the object to a sum of seconds.
 class Timed {
  public:
-  explicit Timed(double* seconds) : seconds_(seconds) {}
-  ~Timed() { *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  Timed(double* seconds, std::mutex* mutex) : seconds_(seconds), mutex_(mutex) {}
+  ~Timed() {
+    const std::lock_guard<std::mutex> lock(*mutex_);
+    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
 
  private:
   double* seconds_;
+  std::mutex* mutex_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace
 
-Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers)
-    : center_(std::move(center)), buffers_(std::move(buffers)) {
-  const auto& segments = center_->layout().segments();
+Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
+    : center_(std::move(center)), buffers_(std::move(buffers)), options_(options), id_(center_->next_client()) {
+  const Layout& layout = center_->layout();
+  const auto& segments = layout.segments();
   HVD_AGN_EXPECTS(buffers_.size() == segments.size(), std::invalid_argument, "the center has ", segments.size(),
                   " arrays, this client gives ", buffers_.size());
   for (std::size_t s = 0; s < buffers_.size(); ++s) {
     const Buffer& buffer = buffers_[s];
     HVD_AGN_EXPECTS(buffer.count == segments[s].count && center_dtype(buffer.dtype) == segments[s].dtype,
                     std::invalid_argument, "array ", s, " does not match the center's in size or type");
-    anchor_offset_.push_back(anchor_bytes_);
+    offset_.push_back(anchor_bytes_);
     const std::size_t bytes = buffer.count * item_size(buffer.dtype);
-    anchor_bytes_ += (bytes + Layout::kAlignment - 1) / Layout::kAlignment * Layout::kAlignment;
+    anchor_bytes_ += round_up(bytes, Layout::kAlignment);
     push_bytes_ += bytes;
   }
   anchor_.reset(new std::byte[anchor_bytes_]);
   use_huge_pages(anchor_.get(), anchor_bytes_);
-  seen_.resize(center_->layout().blocks());
+  if (options_.overlap) {
+    snapshot_.reset(new std::byte[anchor_bytes_]);
+    use_huge_pages(snapshot_.get(), anchor_bytes_);
+  }
+  if (options_.wire != Wire::center && center_->mailbox()) {
+    for (const auto& [begin, end] : center_->remote()) residual_bytes_ += (end - begin) * layout.block_bytes();
+    residual_.reset(new std::byte[residual_bytes_]());
+    rounded_.resize(layout.block_bytes());
+  }
+  seen_.resize(layout.blocks());
+  progress_.resize(layout.blocks());
+  whole_.assign(layout.blocks(), 1);
   busy_.reserve(seen_.size());
-  copy_all(true);
+  copy_all(true, true);
+}
+
+Client::~Client() {
+  if (flight_.valid()) flight_.wait();
 }
 
 std::unique_lock<std::mutex> Client::enter() const {
@@ -49,8 +71,16 @@ std::unique_lock<std::mutex> Client::enter() const {
   return guard;
 }
 
+std::unique_lock<std::mutex> Client::enter_grounded(const char* call) const {
+  auto guard = enter();
+  HVD_AGN_EXPECTS(!flight_.valid(), UsageError, "[rank ", center_->rank(), "] ", call,
+                  " while an exchange is under way in the background: call finish() first.");
+  return guard;
+}
+
 void Client::close() {
   const std::lock_guard<std::mutex> guard(mutex_);
+  if (flight_.valid()) flight_.wait();
   closed_ = true;
 }
 
@@ -62,141 +92,297 @@ void Client::bind(std::size_t segment, const Buffer& buffer) {
   own.data = buffer.data;
 }
 
-Piece Client::piece(const Layout::Part& part, const std::byte* in, std::byte* out, bool with_anchor) const {
+std::byte* Client::source(const Layout::Part& part) const {
   const Buffer& buffer = buffers_[part.segment];
   const std::size_t offset = part.first * item_size(buffer.dtype);
-  return {static_cast<std::byte*>(buffer.data) + offset,
-          with_anchor ? anchor_.get() + anchor_offset_[part.segment] + offset : nullptr,
+  if (from_snapshot_) return snapshot_.get() + offset_[part.segment] + offset;
+  return static_cast<std::byte*>(buffer.data) + offset;
+}
+
+std::byte* Client::anchor(const Layout::Part& part) const {
+  return anchor_.get() + offset_[part.segment] + part.first * item_size(buffers_[part.segment].dtype);
+}
+
+Piece Client::piece(const Layout::Part& part, const std::byte* in, std::byte* out) const {
+  return {source(part),
+          anchor(part),
           in ? in + part.block_offset : nullptr,
           out ? out + part.block_offset : nullptr,
-          center_->slot_stride(),
+          center_->layout().block_bytes(),
           part.count};
 }
 
-std::size_t Client::first_block() const {
-  return seen_.size() * static_cast<std::size_t>(center_->rank()) / center_->ranks();
+std::size_t Client::first_block(std::size_t begin, std::size_t end) const {
+  return (end - begin) * static_cast<std::size_t>(center_->node_rank()) / center_->node_size();
+}
+
+// ---- the check
+
+bool Client::finite_block(std::size_t block, std::size_t* segment) const {
+  const Layout& layout = center_->layout();
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
+    const Piece p = piece(*part, nullptr, nullptr);
+    const DType dtype = buffers_[part->segment].dtype;
+    const Range range = kernels().scan(dtype, p.theta, p.count);
+    *segment = part->segment;
+    if (range == Range::nonfinite) return false;
+    // Two finite values may differ by more than the type holds, but only if one of them is large.
+    if ((range == Range::large || anchor_range_ != Range::normal) &&
+        !kernels().finite_delta(dtype, p.theta, p.anchor, p.count))
+      return false;
+  }
+  return true;
 }
 
 std::size_t Client::find_nonfinite() const {
   // In the reverse of the order of the exchange, which finds in the cache what was read last here.
-  const Layout& layout = center_->layout();
-  const std::size_t blocks = seen_.size();
-  for (std::size_t i = blocks; i-- > 0;) {
-    const std::size_t b = (first_block() + i) % blocks;
-    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part) {
-      const Piece p = piece(*part, nullptr, nullptr, true);
-      const DType dtype = buffers_[part->segment].dtype;
-      const Range range = kernels().scan(dtype, p.theta, p.count);
-      if (range == Range::nonfinite) return part->segment;
-      // Two finite values may differ by more than the type holds, but only if one of them is large.
-      if ((range == Range::large || anchor_range_ != Range::normal) &&
-          !kernels().finite_delta(dtype, p.theta, p.anchor, p.count))
-        return part->segment;
+  std::size_t segment = 0;
+  for (const auto& [begin, end] : center_->remote())
+    for (std::size_t b = begin; b < end; ++b)
+      if (!finite_block(b, &segment)) return segment;
+  for (auto shard = center_->shards().rbegin(); shard != center_->shards().rend(); ++shard) {
+    const std::size_t begin = (*shard)->begin(), blocks = (*shard)->end() - begin;
+    for (std::size_t i = blocks; i-- > 0;) {
+      const std::size_t b = begin + (first_block(begin, begin + blocks) + i) % blocks;
+      if (!finite_block(b, &segment)) return segment;
     }
   }
   return kAccepted;
 }
 
-std::size_t Client::exchange(double steps) {
+// ---- the exchange
+
+std::size_t Client::exchange(double steps, bool exact) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
-  const auto guard = enter();
-  const Timed timed(&stats_.seconds);
+  const auto guard = enter_grounded("exchange()");
+  return exchange_all(steps, exact);
+}
+
+std::size_t Client::exchange_all(double steps, bool exact) {
+  const Timed timed(&stats_.seconds, &counts_mutex_);
   if (const std::size_t segment = find_nonfinite(); segment != kAccepted) {
+    const std::lock_guard<std::mutex> lock(counts_mutex_);
     ++stats_.pushes_refused;
     return segment;
   }
-  // Ranks start apart, and put off a block that another holds, so that none queues behind another.
-  Range range = Range::normal;
-  const std::size_t blocks = seen_.size();
-  busy_.clear();
-  for (std::size_t i = 0; i < blocks; ++i) {
-    const std::size_t b = (first_block() + i) % blocks;
-    if (auto block = center_->try_lock(b))
-      range = std::max(range, exchange_block(std::move(*block), b, steps));
-    else
-      busy_.push_back(b);
+  std::fill(progress_.begin(), progress_.end(), Progress::untouched);
+  next_range_ = Range::normal;
+  Mailbox* mailbox = center_->mailbox();
+  Push push(*this, steps, exact);
+  try {
+    if (mailbox) mailbox->begin(push);
+    for (const auto& shard : center_->shards()) exchange_shard(*shard, steps);
+    if (mailbox) mailbox->wait(push);
+  } catch (...) {
+    if (mailbox) mailbox->cancel(push);
+    throw;
   }
-  for (const std::size_t b : busy_) range = std::max(range, exchange_block(center_->lock(b), b, steps));
-  anchor_range_ = range;
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  anchor_range_ = next_range_;
+  owes_ = residual_ && !exact;
   ++stats_.exchanges;
   stats_.bytes += 2 * push_bytes_;
   return kAccepted;
 }
 
-Range Client::exchange_block(Center::Block block, std::size_t index, double steps) {
+void Client::exchange_shard(Shard& shard, double steps) {
+  // Ranks start apart, and put off a block that another holds, so that none queues behind another.
+  const std::size_t blocks = shard.end() - shard.begin();
+  busy_.clear();
+  for (std::size_t i = 0; i < blocks; ++i) {
+    const std::size_t b = shard.begin() + (first_block(shard.begin(), shard.end()) + i) % blocks;
+    if (auto block = shard.try_lock(b))
+      exchange_block(shard, std::move(*block), b, steps);
+    else
+      busy_.push_back(b);
+  }
+  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b), b, steps);
+}
+
+void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index, double steps) {
   const Layout& layout = center_->layout();
   const std::uint64_t version = block.version();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
     if (part != layout.begin(index)) reach(Stage::half_written, index);
-    const Piece p = piece(*part, block.data(), block.spare(), true);
-    range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), version == 0, steps, p));
+    range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), version == 0, steps,
+                                               from_snapshot_, piece(*part, block.data(), block.spare())));
   }
-  const std::uint64_t staleness = version > seen_[index] ? version - seen_[index] : 0;  // load() may set it back
-  stats_.staleness_sum += staleness;
-  stats_.staleness_max = std::max(stats_.staleness_max, staleness);
-  ++stats_.staleness_histogram[std::min<std::uint64_t>(staleness, Stats::kStalenessBins - 1)];
-  if (range == Range::nonfinite) {  // the rule overflowed: the block stays as it was, and this worker takes it over
-    ++stats_.blocks_refused;
-    range = copy_block(block, index, true);
-  } else {
+  const bool refused = range == Range::nonfinite;
+  if (refused)  // the rule overflowed: the block stays as it was, and this worker takes it over
+    range = copy_block(index, block.data(), shard.slot_stride(), !from_snapshot_, true);
+  else
     block.commit(version + 1);
-    seen_[index] = version + 1;
-  }
-  anchor_range_ = std::max(anchor_range_, range);  // should a later block fail
-  return range;
+  received(index, refused ? version : version + 1, true, refused, range);
 }
 
-Range Client::copy_block(const Center::Block& block, std::size_t index, bool with_anchor) {
+void Client::received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range) {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  if (pushed) {
+    const std::uint64_t before = refused ? version : version - 1;
+    const std::uint64_t staleness = before > seen_[block] ? before - seen_[block] : 0;  // load() may set it back
+    stats_.staleness_sum += staleness;
+    stats_.staleness_max = std::max(stats_.staleness_max, staleness);
+    ++stats_.staleness_histogram[std::min<std::uint64_t>(staleness, Stats::kStalenessBins - 1)];
+    stats_.blocks_refused += refused;
+  }
+  progress_[block] = Progress::done;
+  seen_[block] = version;
+  next_range_ = std::max(next_range_, range);
+  anchor_range_ = std::max(anchor_range_, range);  // should a later block fail
+}
+
+// ---- in the background
+
+void Client::start(double steps) {
+  HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
+  const auto guard = enter_grounded("start()");
+  HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
+  for (std::size_t s = 0; s < buffers_.size(); ++s)
+    std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, buffers_[s].count * item_size(buffers_[s].dtype));
+  std::fill(progress_.begin(), progress_.end(), Progress::untouched);
+  from_snapshot_ = true;
+  flight_ = std::async(std::launch::async, [this, steps] {
+    try {
+      return exchange_all(steps, false);
+    } catch (...) {
+      settle_untouched();
+      throw;
+    }
+  });
+}
+
+bool Client::ready() const {
+  return flight_.valid() && flight_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+}
+
+void Client::settle_untouched() {
+  // What was not pushed is still to be: the center has moved nothing that finish() must add.
+  const Layout& layout = center_->layout();
+  for (std::size_t b = 0; b < layout.blocks(); ++b) {
+    if (progress_[b] != Progress::untouched) continue;
+    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part)
+      std::memcpy(source(*part), anchor(*part), part->count * item_size(buffers_[part->segment].dtype));
+  }
+}
+
+std::size_t Client::finish() {
+  const auto guard = enter();
+  HVD_AGN_EXPECTS(flight_.valid(), UsageError, "[rank ", center_->rank(), "] finish() without start().");
+  std::size_t refused = kAccepted;
+  std::exception_ptr failure;
+  try {
+    refused = flight_.get();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  from_snapshot_ = false;
+  if (refused == kAccepted) {
+    for (std::size_t s = 0; s < buffers_.size(); ++s) {
+      const Piece p = {buffers_[s].data, anchor_.get() + offset_[s], nullptr, nullptr, 0, buffers_[s].count};
+      kernels().merge(buffers_[s].dtype, p, snapshot_.get() + offset_[s]);
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+  return refused;
+}
+
+// ---- pulls
+
+Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta,
+                         bool with_anchor) {
   const Layout& layout = center_->layout();
   Range range = Range::normal;
-  for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
-    const Piece p = piece(*part, block.data(), nullptr, with_anchor);
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
+    const Piece p = {theta ? source(*part) : nullptr,
+                     with_anchor ? anchor(*part) : nullptr,
+                     from + part->block_offset,
+                     nullptr,
+                     slot_stride,
+                     part->count};
     range = std::max(range, kernels().pull(buffers_[part->segment].dtype, p));
   }
-  if (with_anchor) seen_[index] = block.version();
   return range;
 }
 
-void Client::copy_all(bool with_anchor) {
-  const Timed timed(&stats_.seconds);
-  Range range = Range::normal;
-  for (std::size_t b = 0; b < seen_.size(); ++b) range = std::max(range, copy_block(center_->lock(b), b, with_anchor));
-  if (with_anchor) anchor_range_ = range;
+void Client::copy_all(bool theta, bool with_anchor) {
+  const Timed timed(&stats_.seconds, &counts_mutex_);
+  next_range_ = Range::normal;
+  Mailbox* mailbox = center_->mailbox();
+  Pull pull(*this, theta, with_anchor);
+  try {
+    if (mailbox) mailbox->begin(pull);
+    for (const auto& shard : center_->shards()) {
+      for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
+        const Shard::Block block = shard->lock(b);
+        const Range range = copy_block(b, block.data(), shard->slot_stride(), theta, with_anchor);
+        if (with_anchor) received(b, block.version(), false, false, range);
+      }
+    }
+    if (mailbox) mailbox->wait(pull);
+  } catch (...) {
+    if (mailbox) mailbox->cancel(pull);
+    throw;
+  }
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  if (with_anchor) anchor_range_ = next_range_;
   stats_.bytes += push_bytes_;
 }
 
 void Client::pull() {
-  const auto guard = enter();
-  copy_all(true);
+  const auto guard = enter_grounded("pull()");
+  copy_all(true, true);
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
   ++stats_.pulls;
 }
 
-void Client::peek() {
-  const auto guard = enter();
-  copy_all(false);
+void Client::forget() {
+  const auto guard = enter_grounded("forget()");
+  if (residual_) std::memset(residual_.get(), 0, residual_bytes_);
+  owes_ = false;
 }
 
+void Client::peek() {
+  const auto guard = enter_grounded("peek()");
+  copy_all(true, false);
+}
+
+// ---- state
+
 void Client::read_anchor(std::size_t segment, void* values) const {
-  const auto guard = enter();
+  const auto guard = enter_grounded("read_anchor()");
   const Buffer& buffer = buffers_.at(segment);
-  std::memcpy(values, anchor_.get() + anchor_offset_[segment], buffer.count * item_size(buffer.dtype));
+  std::memcpy(values, anchor_.get() + offset_[segment], buffer.count * item_size(buffer.dtype));
 }
 
 void Client::write_anchor(std::size_t segment, const void* values) {
-  const auto guard = enter();
+  const auto guard = enter_grounded("write_anchor()");
   const Buffer& buffer = buffers_.at(segment);
-  std::memcpy(anchor_.get() + anchor_offset_[segment], values, buffer.count * item_size(buffer.dtype));
+  std::memcpy(anchor_.get() + offset_[segment], values, buffer.count * item_size(buffer.dtype));
   anchor_range_ = std::max(anchor_range_, kernels().scan(buffer.dtype, values, buffer.count));
+  std::fill(whole_.begin(), whole_.end(), std::uint8_t{1});  // the hosts know another anchor
+}
+
+bool Client::owes() const {
+  const auto guard = enter();
+  return owes_;
 }
 
 Stats Client::stats() const {
   const auto guard = enter();
-  return stats_;
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  Stats stats = stats_;
+  stats.center_version = UINT64_MAX;
+  for (const auto& shard : center_->shards()) stats.center_version = std::min(stats.center_version, shard->version());
+  for (const auto& [begin, end] : center_->remote())
+    for (std::size_t b = begin; b < end; ++b) stats.center_version = std::min(stats.center_version, seen_[b]);
+  return stats;
 }
 
 std::size_t Client::extra_bytes() const {
-  return anchor_bytes_ + (seen_.capacity() + busy_.capacity() + anchor_offset_.capacity()) * sizeof(std::size_t);
+  return anchor_bytes_ * (options_.overlap ? 2 : 1) + residual_bytes_ + rounded_.size() + center_->mailbox_bytes() +
+         whole_.capacity() + progress_.capacity() +
+         (seen_.capacity() + busy_.capacity() + offset_.capacity()) * sizeof(std::size_t);
 }
 
 }  // namespace hvd_agn

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -26,29 +27,57 @@ struct Stats {
   std::uint64_t pushes_refused = 0;  // deltas with NaN or Inf
   std::uint64_t blocks_refused = 0;  // blocks on which the rule overflowed, of accepted pushes
   std::uint64_t pulls = 0;
-  std::uint64_t bytes = 0;  // of parameters, pushed and pulled
-  double seconds = 0;       // in exchange() and pull()
+  std::uint64_t bytes = 0;       // of parameters, pushed and pulled
+  std::uint64_t wire_bytes = 0;  // of payload, to and from other nodes
+  double seconds = 0;            // in exchange() and pull()
   std::uint64_t staleness_max = 0;
   std::uint64_t staleness_sum = 0;                                  // over the pushes of all blocks
   std::array<std::uint64_t, kStalenessBins> staleness_histogram{};  // pushes of blocks, by staleness
+  std::uint64_t center_version = 0;  // pushes that every block had; of other nodes' blocks, as last received
 };
 
-/// One worker of one center. Calls from several threads follow one another. No call is collective, none allocates.
+/// One worker of one center. Calls from several threads follow one another. No call is collective, and none allocates
+/// in proportion to the arrays. Blocks that share memory with this process are exchanged by the calling thread; those
+/// of other nodes meanwhile by the mailbox's, which calls the Transfers of exchange_remote.cpp.
 class Client {
  public:
   static constexpr std::size_t kAccepted = static_cast<std::size_t>(-1);
 
+  struct Options {
+    Wire wire = Wire::center;  // to and from other nodes
+    bool overlap = false;      // allows start() and finish(), at the price of one more copy of the arrays
+  };
+
   /// Sets the buffers, one per segment of the center's layout, to the center.
-  Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers);
+  Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options);
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+  ~Client();
 
   /// The segment's storage has moved. invalid_argument unless count and dtype are as they were.
   void bind(std::size_t segment, const Buffer& buffer);
 
   /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf: then
-  /// neither the center nor the buffers were touched.
-  std::size_t exchange(double steps);
+  /// neither the center nor the buffers were touched. `exact`: in the center's type whatever the wire, with all that
+  /// was rounded away before.
+  std::size_t exchange(double steps, bool exact);
+  /// Something was rounded away and is still to be pushed.
+  bool owes() const;
+
+  /// Takes a snapshot of the buffers and exchanges that in the background.
+  void start(double steps);
+  /// Whether start() was called without finish(); whether finish() would not wait.
+  bool started() const { return flight_.valid(); }
+  bool ready() const;
+  /// Waits for the exchange that start() began; then buffers += center - snapshot. Returns as exchange() does: when
+  /// the snapshot was refused, the buffers are not touched. Throws what went wrong in the background; then the steps
+  /// of blocks that were not pushed are still in the buffers.
+  std::size_t finish();
+
   /// Buffers and anchor become the center.
   void pull();
+  /// What was rounded away is not owed any more.
+  void forget();
   /// Buffers become the center; the anchor stays.
   void peek();
 
@@ -61,31 +90,65 @@ class Client {
 
   Stats stats() const;
   const std::vector<Buffer>& buffers() const { return buffers_; }
-  /// Memory beyond the buffers, in bytes: the anchor, and bookkeeping.
+  /// Memory beyond the buffers, in bytes: the anchor, what overlap and wire need, and bookkeeping.
   std::size_t extra_bytes() const;
 
  private:
-  std::size_t first_block() const;
-  std::size_t find_nonfinite() const;
-  Range exchange_block(Center::Block block, std::size_t index, double steps);
-  Range copy_block(const Center::Block& block, std::size_t index, bool with_anchor);
-  void copy_all(bool with_anchor);
-  Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out, bool with_anchor) const;
+  class Push;
+  class Pull;
+  /// Of a block, in the exchange under way.
+  enum class Progress : std::uint8_t { untouched, sent, done };
 
   std::unique_lock<std::mutex> enter() const;
+  std::unique_lock<std::mutex> enter_grounded(const char* call) const;
+  std::size_t first_block(std::size_t begin, std::size_t end) const;
+  bool finite_block(std::size_t block, std::size_t* segment) const;
+  std::size_t find_nonfinite() const;
+  std::size_t exchange_all(double steps, bool exact);
+  void exchange_shard(Shard& shard, double steps);
+  void exchange_block(Shard& shard, Shard::Block block, std::size_t index, double steps);
+  void copy_all(bool theta, bool anchor);
+  Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor);
+  void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
+  void settle_untouched();
+  Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out) const;
+  std::byte* source(const Layout::Part& part) const;
+  std::byte* anchor(const Layout::Part& part) const;
 
-  mutable std::mutex mutex_;
+  // exchange_remote.cpp
+  void ask(Message& head) const;
+  Range take(const Message& head, const std::byte* payload, bool theta, bool anchor);
+  std::byte* residual(std::size_t block) const;
+
+  mutable std::mutex mutex_;  // one call at a time
   bool closed_ = false;
   std::shared_ptr<Center> center_;
   std::vector<Buffer> buffers_;
+  Options options_;
+  std::uint32_t id_;
   std::unique_ptr<std::byte[]> anchor_;
   std::size_t anchor_bytes_ = 0;
-  std::vector<std::size_t> anchor_offset_;
-  std::vector<std::uint64_t> seen_;     // version of each block as last pulled
-  std::vector<std::size_t> busy_;       // blocks put off because another held them
-  Range anchor_range_ = Range::normal;  // at least that of every element
-  Stats stats_;
+  std::vector<std::size_t> offset_;  // of each segment in anchor and snapshot
   std::size_t push_bytes_ = 0;
+  std::vector<std::size_t> busy_;  // blocks put off because another held them
+
+  std::unique_ptr<std::byte[]> snapshot_;  // with overlap
+  bool from_snapshot_ = false;             // the exchange under way is start()'s
+  std::future<std::size_t> flight_;
+
+  // Of blocks on other nodes, with a wire that rounds.
+  std::unique_ptr<std::byte[]> residual_;  // what was rounded away, as images of blocks
+  std::size_t residual_bytes_ = 0;
+  std::vector<std::byte> rounded_;  // one block, on its way to the wire
+  bool owes_ = false;
+  std::vector<std::uint8_t> whole_;  // the host cannot send this block as a difference
+
+  mutable std::mutex counts_mutex_;     // of all below: this thread's and the mailbox's
+  std::vector<std::uint64_t> seen_;     // version of each block as last pulled
+  std::vector<Progress> progress_;      // of each block
+  Range anchor_range_ = Range::normal;  // at least that of every element
+  Range next_range_ = Range::normal;    // of the exchange under way
+  Stats stats_;
 };
 
 }  // namespace hvd_agn

@@ -25,6 +25,16 @@ constexpr std::size_t item_size(DType dtype) {
 enum class Range : std::uint8_t { normal, large, nonfinite };
 
 /// One piece of one block: theta and anchor have the worker's dtype, the others the center's. All are `count` elements.
+/// What a message carries: the center's own type, or fewer bits. int8 has a scale per part of a block.
+enum class Wire : std::uint8_t { center, bf16, fp16, int8 };
+
+/// Bytes of `count` encoded elements.
+constexpr std::size_t wire_bytes(DType center, Wire wire, std::size_t count) {
+  return wire == Wire::center ? count * item_size(center)
+         : wire == Wire::int8 ? sizeof(float) + (count + 3) / 4 * 4
+                              : (2 * count + 3) / 4 * 4;
+}
+
 struct Piece {
   void* theta;
   void* anchor;
@@ -36,10 +46,12 @@ struct Piece {
 
 struct Kernels {
   const char* name;
-  /// delta = (theta - anchor) / steps; out, slots = rule(in, delta); theta = anchor = out. `first`: the block's first
-  /// push. Returns the range of `out`.
-  Range (*exchange)(DType, const Rule&, bool first, double steps, const Piece&);
-  /// theta = in, and anchor = in unless anchor is null. Returns the range of `in`.
+  /// delta = (theta - anchor) / steps; out, slots = rule(in, delta); anchor = out, and theta = out unless it is to be
+  /// kept. `first`: the block's first push. Returns the range of `out`.
+  Range (*exchange)(DType, const Rule&, bool first, double steps, bool keep_theta, const Piece&);
+  /// out, slots = rule(in, theta); theta = out. Of the center's type; no anchor.
+  Range (*apply)(DType center, const Rule&, bool first, const Piece&);
+  /// theta = in and anchor = in, unless null. Returns the range of `in`.
   Range (*pull)(DType, const Piece&);
   /// Range of `count` values of a worker's dtype.
   Range (*scan)(DType, const void* values, std::size_t count);
@@ -47,6 +59,18 @@ struct Kernels {
   bool (*finite_delta)(DType, const void* theta, const void* anchor, std::size_t count);
   /// values (worker's dtype) to out (center's).
   void (*widen)(DType, const void* values, std::byte* out, std::size_t count);
+
+  /// out = (theta - anchor) / steps, plus the residual unless that is null; in the center's type.
+  void (*delta)(DType, double steps, const Piece&, const std::byte* residual);
+  /// theta += anchor - snapshot: what the center did while theta was trained on.
+  void (*merge)(DType, const Piece&, const void* snapshot);
+  /// out = a - b, in the center's type.
+  void (*subtract)(DType center, const std::byte* a, const std::byte* b, std::byte* out, std::size_t count);
+  /// Rounds values (finite, of the center's type) to `wire`, which is not Wire::center; values become what was rounded
+  /// away.
+  void (*encode)(DType center, Wire, std::byte* values, std::byte* out, std::size_t count);
+  /// values = in, or += in, of the center's type. All machines get the same bits.
+  void (*decode)(DType center, Wire, const std::byte* in, bool add, std::byte* values, std::size_t count);
 };
 
 /// The set in use: the best one for this processor.

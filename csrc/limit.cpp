@@ -27,7 +27,7 @@ std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes
                            reinterpret_cast<std::byte*>(&center[spare * block]),
                            0,
                            std::min(block, count - first)};
-      kernels().exchange(DType::f32, Rule{}, false, 10, piece);
+      kernels().exchange(DType::f32, Rule{}, false, 10, false, piece);
       std::swap(place[b], spare);
     }
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());

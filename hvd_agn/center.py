@@ -4,19 +4,17 @@ No array data is touched here. The work is in the native core: ``csrc/exchange.c
 ``csrc/center.cpp`` for the shared memory.
 """
 
-import atexit
 import itertools
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from . import _core, checkpoint, config, mpi, rules
+from . import _core, checkpoint, config, mpi, rules, shutdown
 from .client import Client, Stats, register
 from .errors import (
     AGNError,
@@ -43,18 +41,19 @@ class Owner(Protocol):
     def flush(self) -> None:
         """Push what is left: the center closes."""
 
+    def before_load(self) -> None:
+        """The center is about to be loaded: end what is under way, or raise UsageError if that makes no sense now."""
+
     def pull(self) -> None:
         """Take over the center: it was loaded."""
 
-    def check_open(self, call: str) -> None:
-        """Raise UsageError if this call makes no sense now."""
-
 
 class Center:
-    """Shared parameters in memory that rank 0 of the communicator exposes, and this rank's client of them.
+    """Shared parameters in memory that their hosts expose, and this rank's client of them.
 
     Construction is collective; afterwards no rank waits for another, except in :meth:`load` and at exit. All ranks
-    start from rank 0's values.
+    start from rank 0's values. Ranks on a host's node work on its memory; the others send it messages (one-sided puts),
+    which a thread of the host's process answers whatever its Python does.
 
     Args:
         arrays: name -> array, or a sequence of arrays. float32, float64, float16 or bfloat16, any shape, C-contiguous,
@@ -62,6 +61,15 @@ class Center:
             where they are (or :meth:`Client.rebind`). The center holds float64 as float64, all others as float32.
         rule: what the center does with a delta; None is ``rules.Add()``.
         comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.
+        center_ranks: ranks that host the center, an equal part of its blocks (a shard) each; or ``"nodes"``: the first
+            rank of every node.
+        transport: ``"auto"``: shared memory where a rank is on the host's node, a mailbox where it is not;
+            ``"direct"``: shared memory only, or an error; ``"mailbox"``: mailboxes also within a node, for tests. None
+            is ``HVD_AGN_TRANSPORT``, or ``"auto"``.
+        wire_dtype: what travels between nodes. None: values as they are. ``"bf16"``, ``"fp16"``, ``"int8"``: deltas,
+            and the center's changes, rounded to 2, 2 or 1 bytes; what was rounded away is sent later. Costs one more
+            copy of the remote shards at the worker, and one per such worker at the hosts.
+        overlap: allows :meth:`Client.start`, at the price of one more copy of the arrays.
         on_nonfinite: ``"skip"`` or ``"raise"``, see :meth:`exchange`.
         name: used in messages.
         failed: an error of this rank's caller: all ranks raise it, instead of waiting for this one.
@@ -80,13 +88,20 @@ class Center:
         rule: rules.Rule | None = None,
         comm: "MPI.Comm | None" = None,
         *,
+        center_ranks: Sequence[int] | str = config.CENTER_RANKS,
+        transport: str | None = None,
+        wire_dtype: str | None = config.WIRES[0],
+        overlap: bool = False,
         on_nonfinite: str = config.ON_NONFINITE[0],
         name: str = "Center",
         failed: AGNError | None = None,
     ) -> None:
         config.check_environment()
-        if on_nonfinite not in config.ON_NONFINITE:
-            raise ConfigError(f"on_nonfinite={on_nonfinite!r}: give one of {', '.join(config.ON_NONFINITE)}.")
+        config.choose("on_nonfinite", on_nonfinite, config.ON_NONFINITE)
+        config.choose("wire_dtype", wire_dtype, config.WIRES)
+        chosen = config.TRANSPORT.read() if transport is None else transport
+        self._transport = config.choose("transport", chosen, config.TRANSPORTS)
+        self._wire_dtype, self._overlap = wire_dtype, overlap
         self.rule = rules.Add() if rule is None else rule
         if not isinstance(self.rule, rules.Rule):
             raise ConfigError(f"rule={rule!r}: give one of hvd_agn.rules, such as rules.Add().")
@@ -100,13 +115,13 @@ class Center:
         parent = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(parent, MPI.Intracomm):
             raise ConfigError(f"comm={comm!r}: give an mpi4py communicator, or None for MPI.COMM_WORLD.")
-        _register_at_exit(MPI)
+        shutdown.register(MPI)
         try:
             self._comm = _core.Comm(
                 MPI._handleof(parent), config.STALL_SECONDS.read(), config.STALL_ABORT_SECONDS.read()
             )
         except StallError:
-            _missing.append(name)
+            shutdown.missing.append(name)
             raise
         self._mpi_comm = MPI.Comm.fromhandle(self._comm.handle)
         self.label = f"[rank {self._comm.rank}] {name}"
@@ -115,6 +130,8 @@ class Center:
         error: Exception | None = failed
         try:  # a rank that fails alone would leave the others waiting: all learn of it first
             self._names, self._shapes, values, signature = self._describe(arrays)
+            hosts = self._hosts(center_ranks)
+            signature.append(("center_ranks", hosts))
             wide = self._initial(values, signature)
         except Exception as failure:
             error = error or failure
@@ -123,7 +140,7 @@ class Center:
         if error is None and signature != expected and expected:
             error = LayoutError(_first_difference(signature, expected))
         self._agree(error)
-        self._allocate(wide)
+        self._allocate(hosts, wide)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
         """The client of this rank's ``arrays``."""
 
@@ -142,8 +159,21 @@ class Center:
             for name, shape, buffer in zip(names, shapes, buffers, strict=True)
         ]
         signature.append(("block bytes (HVD_AGN_BLOCK_BYTES)", config.BLOCK_BYTES.read()))
+        signature.append(("blocks of a ring (HVD_AGN_RING_BLOCKS)", config.RING_BLOCKS.read()))
+        signature.append(("transport (HVD_AGN_TRANSPORT)", self._transport))
         signature.append(("rule", repr(self.rule)))
         return names, shapes, values, signature
+
+    def _hosts(self, center_ranks: Sequence[int] | str) -> list[int]:
+        if center_ranks == "nodes":
+            return sorted(set(self._comm.nodes))
+        ranks = [] if isinstance(center_ranks, str) else list(center_ranks)
+        usable = [r for r in ranks if isinstance(r, int) and not isinstance(r, bool) and 0 <= r < self._comm.size]
+        if not ranks or usable != ranks or len(set(ranks)) < len(ranks):
+            raise ConfigError(
+                f"center_ranks={center_ranks!r}: give 'nodes', or different ranks from 0 to {self._comm.size - 1}."
+            )
+        return ranks
 
     def _agree(self, error: Exception | None) -> None:
         """Every rank raises if any rank has an error: its own, or else the first."""
@@ -170,37 +200,46 @@ class Center:
                 raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on rank 0.")
         return wide
 
-    def _allocate(self, wide: list[np.ndarray]) -> None:
+    def _allocate(self, hosts: list[int], wide: list[np.ndarray]) -> None:
         counts = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
-        layout = _core.Layout(counts, self._dtypes, int(config.BLOCK_BYTES.read()))
-        native_rule = self.rule._native()
-        self.nbytes = layout.memory_bytes(native_rule, self._comm.size)
-        """Bytes of shared memory that the center takes at its host."""
-        self._agree(self._refuse_surroundings())
-        self._native = _core.Center(self._comm, layout, native_rule)
-        _centers.append(self)
+        layout = _core.Layout(counts, self._dtypes, config.BLOCK_BYTES.read())
+        rule = self.rule._native()
+        plan = _core.Plan(self._comm, hosts, self._transport == "mailbox")
+        self.nbytes = plan.memory_bytes(self._comm, layout, rule, shared=False)
+        """Bytes of memory that the center takes on this rank's node."""
+        shared = plan.memory_bytes(self._comm, layout, rule, shared=True)
+        self._agree(self._refuse_surroundings(hosts, plan, shared))
+        error: Exception | None = None
+        try:
+            native = _core.Center(self._comm, plan, layout, rule, config.RING_BLOCKS.read())
+        except Exception as failure:
+            error = failure
+        self._agree(error)
+        self._native = native
+        shutdown.centers.append(self)
         if self._comm.rank == 0:
-            self._native.write([wide], 0)
+            native.write([wide], 0)
         self._comm.barrier("waits for rank 0 to write its parameters to the center")
 
-    def _refuse_surroundings(self) -> Exception | None:
-        """Why the center cannot be here: other nodes, or no room for it."""
-        elsewhere = self._comm.size - self._comm.node_size
-        if elsewhere > 0:
-            return LaunchError(
-                f"{elsewhere} of {self._comm.size} ranks are on another node than this one. This version exchanges "
-                "through shared memory only: run on one node, or give comm=COMM_WORLD.Split_type(COMM_TYPE_SHARED)."
-            )
-        if self._comm.rank > 0 or self._comm.size == 1:
+    def _refuse_surroundings(self, hosts: list[int], plan: _core.Plan, shared: int) -> Exception | None:
+        """Why the center cannot be here: a host is out of reach, or there is no room for it."""
+        if self._transport == "direct":
+            for shard, host in enumerate(hosts):
+                if not plan.direct(self._comm.rank, shard):
+                    return LaunchError(
+                        f"rank {host}, which hosts a part of the center, is on another node, and transport='direct' "
+                        "was asked for. Use transport='auto', or a host on every node's communicator of its own."
+                    )
+        if self._comm.node_rank > 0 or shared == 0:
             return None
         try:
             free = mpi.shared_memory_free()
         except OSError as error:
             return SharedMemoryError(f"no place for shared memory: {error}. See docs/environment.md.")
-        if free >= self.nbytes:
+        if free >= shared:
             return None
         return SharedMemoryError(
-            f"the center needs {self.nbytes} bytes of shared memory, {mpi.shared_memory_directory()} on the host has "
+            f"the center needs {shared} bytes of shared memory, {mpi.shared_memory_directory()} on the host has "
             f"{free} free. Free some there, or mount it larger (docker run --shm-size, mount -o remount,size=...)."
         )
 
@@ -209,8 +248,8 @@ class Center:
     def client(self, arrays: Arrays) -> Client:
         """One more worker in this process, with arrays of its own like the center's. Local.
 
-        They are set to the center. Clients of one process may run on threads of their own; they take turns block by
-        block.
+        They are set to the center. Clients of one process may run on threads of their own; they take turns, block by
+        block on this node's shards and exchange by exchange on those of others.
 
         Raises:
             LayoutError: the arrays cannot be used or do not match the center's.
@@ -222,13 +261,20 @@ class Center:
         if shapes != self._shapes:
             raise LayoutError(f"{self.label}: a client's arrays have shapes {shapes}, the center's {self._shapes}.")
         try:
-            made = Client(self, names, values, self._on_nonfinite)
+            made = Client(
+                self,
+                names,
+                values,
+                on_nonfinite=self._on_nonfinite,
+                wire_dtype=self._wire_dtype,
+                overlap=self._overlap,
+            )
         except ValueError as error:
             raise LayoutError(f"{self.label}: {error}.") from error
         self._clients.append(made)
         return made
 
-    def exchange(self, steps: float = 1) -> bool:
+    def exchange(self, steps: float = 1, *, exact: bool = False) -> bool:
         """As :meth:`Client.exchange`, for this center's arrays.
 
         Raises:
@@ -237,7 +283,7 @@ class Center:
         self._open()
         if self._owner is not None:
             raise UsageError(f"{self.label}: this center is an optimizer's. Call its step() or flush().")
-        return self.arrays_client.exchange(steps)
+        return self.arrays_client.exchange(steps, exact=exact)
 
     def pull(self) -> None:
         """As :meth:`Client.pull`, for this center's arrays, or the optimizer's that owns it."""
@@ -263,8 +309,8 @@ class Center:
 
     @property
     def version(self) -> int:
-        """Pushes that every block has had."""
-        return self._open().version
+        """Pushes that every block has had. Asks the hosts on other nodes."""
+        return self._open().version()
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """A copy of the center: name -> array of the registered shape, float32 or float64. Not collective.
@@ -311,7 +357,7 @@ class Center:
         """
         native = self._open()
         if self._owner is not None:
-            self._owner.check_open("Center.load()")
+            self._owner.before_load()
         self._comm.barrier("waits for all ranks to call Center.load")
         error: CheckpointError | None = None
         if self._comm.rank == 0:
@@ -325,6 +371,7 @@ class Center:
         if error is not None:
             raise error
         for client in self._clients:
+            client.forget()
             if self._owner is None or client is not self.arrays_client:
                 client.pull()
         if self._owner is not None:
@@ -332,14 +379,15 @@ class Center:
 
     # ---- end
 
-    def own(self, owner: Owner) -> None:
-        """Hand the center's arrays to an optimizer, which is told of what happens to the center."""
+    def own(self, owner: Owner | None) -> None:
+        """Hand the center's arrays to an optimizer, which is told of what happens to it; None takes them back."""
         self._owner = owner
 
     def close(self) -> None:
         """This rank is done with the center. Waits for nobody; a second call does nothing.
 
-        The arrays stay as they are. The host's memory goes back to the system when all ranks have closed.
+        The arrays stay as they are. A host goes on answering other nodes. Its memory goes back to the system when all
+        ranks have closed, or, if some are on other nodes, at exit.
         """
         if self._native is None:
             return
@@ -353,11 +401,11 @@ class Center:
             self._clients.clear()
             self._native.detach()
             if self._comm.size > 1:
-                _finished.append((self._serial, self._comm, self._native))
+                shutdown.finished.append((self._serial, self._comm, self._native))
             else:
                 self._comm.free()
             self._native = None
-            _centers.remove(self)
+            shutdown.centers.remove(self)
 
     def __enter__(self) -> "Center":
         return self
@@ -379,61 +427,11 @@ class Center:
 
 def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]]) -> str:
     fix = "Build the same model and optimizer on every rank."
-    if len(mine) != len(rank0):
-        return f"{len(mine) - 2} arrays here, {len(rank0) - 2} on rank 0. {fix}"
+    arrays = [sum(len(entry) == 3 for entry in signature) for signature in (mine, rank0)]
+    if arrays[0] != arrays[1]:
+        return f"{arrays[0]} arrays here, {arrays[1]} on rank 0. {fix}"
     ours, theirs = next(pair for pair in zip(mine, rank0, strict=True) if pair[0] != pair[1])
     return f"{json.dumps(ours)} here, {json.dumps(theirs)} on rank 0. {fix}"
 
 
-_centers: list[Center] = []  # open, in order of creation
-_finished: list[tuple[int, _core.Comm, _core.Center]] = []  # closed; their windows go at exit, which is collective
-_missing: list[str] = []  # centers for which a rank did not come
 _serials = itertools.count()
-_process = os.getpid()
-_finalize_key: int | None = None  # of the attribute that MPI_Finalize deletes first
-
-
-def _register_at_exit(MPI: ModuleType) -> None:
-    """Finish before MPI does: at exit, or when someone calls MPI_Finalize before."""
-    global _finalize_key
-    if _finalize_key is None:
-        _finalize_key = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finish())
-        MPI.COMM_SELF.Set_attr(_finalize_key, True)
-        atexit.register(_finish_at_exit)  # after mpi4py's import: runs before its MPI_Finalize
-
-
-def _finish_at_exit() -> None:
-    from mpi4py import MPI
-
-    if os.getpid() == _process and _finalize_key is not None and not MPI.Is_finalized():
-        MPI.COMM_SELF.Delete_attr(_finalize_key)
-
-
-def _finish() -> None:
-    """Push what is left, then wait, asleep, for the other ranks, and give the windows back in the same order."""
-    try:
-        for center in list(_centers):
-            try:
-                center.close()
-            except Exception as error:  # the others are closed all the same
-                print(f"{center.label}: closing failed: {error}", file=sys.stderr)
-        failure = getattr(sys, "last_type", None)
-        if failure is not None and _finished:
-            print(
-                f"[rank {_finished[0][1].rank}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays "
-                "in the center and the other ranks go on; this one waits for them to end.",
-                file=sys.stderr,
-                flush=True,
-            )
-        for _, comm, memory in sorted(_finished, key=lambda entry: entry[0]):
-            memory.free(comm)
-            comm.free()
-        _finished.clear()
-        if _missing:
-            raise StallError(f"hvd_agn: not all ranks created {_missing[0]}; this process ends without MPI_Finalize.")
-    except BaseException as error:
-        # MPI_Finalize would wait for the same ranks, without a limit.
-        print(str(error) or type(error).__name__, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)

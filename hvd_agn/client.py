@@ -31,8 +31,10 @@ class Stats(TypedDict):
     """Spent in exchanges, pulls and looks at the center."""
     bytes: int
     """Of parameters, pushed and pulled, the first copy included."""
+    wire_bytes: int
+    """Of these, in the form in which they went to and came from other nodes."""
     center_version: int
-    """Pushes that every block of the center has had, from all workers."""
+    """Pushes that every block of the center has had, from all workers; of blocks on other nodes, as last received."""
 
 
 class Client:
@@ -41,23 +43,35 @@ class Client:
     Made by :meth:`Center.client`; the center's own is :attr:`Center.arrays_client`. Methods are not collective.
     """
 
-    def __init__(self, center: "Center", names: Sequence[str], arrays: Sequence[Any], on_nonfinite: str) -> None:
+    def __init__(
+        self,
+        center: "Center",
+        names: Sequence[str],
+        arrays: Sequence[Any],
+        *,
+        on_nonfinite: str,
+        wire_dtype: str | None,
+        overlap: bool,
+    ) -> None:
         self._center = center
         self._names = list(names)
         self._arrays = list(arrays)
         self._on_nonfinite = on_nonfinite
-        self._native: _core.Client | None = _core.Client(center._open(), register(names, arrays))
+        self._native: _core.Client | None = _core.Client(
+            center._open(), register(names, arrays), wire_dtype or "none", overlap
+        )
 
     def _open(self) -> _core.Client:
         if self._native is None:
             raise UsageError(f"{self._center.label}: used after close().")
         return self._native
 
-    def exchange(self, steps: float = 1) -> bool:
+    def exchange(self, steps: float = 1, *, exact: bool = False) -> bool:
         """Push ``(arrays - anchor) / steps``, and set arrays and anchor to the center.
 
         Args:
             steps: local steps since the last exchange, above 0.
+            exact: push in the center's own type, with all that ``wire_dtype`` has rounded away so far.
 
         Returns:
             True, or False if the delta had a NaN or an Inf and was refused: then the center was not touched and the
@@ -65,13 +79,16 @@ class Client:
 
         Raises:
             NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
-            UsageError: the center is closed.
-            StallError: a block stayed locked past ``HVD_AGN_STALL_ABORT_SECONDS``.
+            UsageError: the center is closed, or an exchange is under way in the background.
+            StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. What was not pushed is still in the
+                arrays, for the next exchange.
         """
-        native = self._open()
-        refused = native.exchange(steps)
+        return self._accept(self._open().exchange(steps, exact))
+
+    def _accept(self, refused: int) -> bool:
         if refused < 0:
             return True
+        native = self._open()
         text = (
             f"{self._center.label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
             f"refused and the center is untouched ({native.stats()['pushes_refused']} so far on this rank). "
@@ -83,13 +100,57 @@ class Client:
             text + "The parameters are set back to the center. Check the loss, the learning rate and, if it goes on, "
             "the state of the local optimizer.",
             NonFiniteWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
+
+    def start(self, steps: float = 1) -> None:
+        """Begin an exchange of the arrays as they are now, in the background; they may change meanwhile.
+
+        Args:
+            steps: local steps since the last exchange began, above 0.
+
+        Raises:
+            UsageError: the client was not made with ``overlap=True``, or an exchange is under way.
+        """
+        self._open().start(steps)
+
+    @property
+    def started(self) -> bool:
+        """Whether an exchange is under way in the background, or waits for :meth:`finish`."""
+        return self._open().started
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`finish` would not wait."""
+        return self._open().ready
+
+    def finish(self) -> bool:
+        """Wait for the exchange that :meth:`start` began; then add to the arrays what the center had that they had not.
+
+        ``arrays <- arrays + (center - arrays at start())``, ``anchor <- center``: what was done to the arrays since
+        :meth:`start` stays, and is part of the next push.
+
+        Returns:
+            As :meth:`exchange`. If the push was refused, what was done since is dropped too.
+
+        Raises:
+            As :meth:`exchange`, for what happened in the background.
+        """
+        return self._accept(self._open().finish())
+
+    @property
+    def owes(self) -> bool:
+        """Whether ``wire_dtype`` has rounded something away that later exchanges will push."""
+        return self._open().owes
 
     def pull(self) -> None:
         """Set arrays and anchor to the center; what was not pushed is dropped."""
         self._open().pull()
+
+    def forget(self) -> None:
+        """Owe the center nothing: it is another now than what was rounded away was meant for."""
+        self._open().forget()
 
     def peek(self) -> None:
         """Set the arrays to the center and leave the anchor: a look that the next exchange must not see."""
@@ -120,11 +181,14 @@ class Client:
 
     def stats(self) -> Stats:
         """What this client has done so far."""
-        return {**self._open().stats(), "center_version": self._center.version}  # type: ignore[typeddict-item]
+        return self._open().stats()  # type: ignore[return-value]
 
     @property
     def extra_bytes(self) -> int:
-        """Memory that this client takes beyond the arrays: the anchor and bookkeeping."""
+        """Bytes that this client takes beyond the arrays: the anchor, the rank's mailbox, and bookkeeping.
+
+        With ``overlap`` one more copy of the arrays, and with a ``wire_dtype`` one more copy of what is on other nodes.
+        """
         return self._open().extra_bytes
 
     def _close(self) -> None:

@@ -6,8 +6,11 @@ The native core reads no environment: what it needs is handed to it.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 COMMUNICATION_PERIOD = 10
 """Local steps between two exchanges."""
@@ -15,21 +18,30 @@ COMMUNICATION_PERIOD = 10
 ON_NONFINITE = ("skip", "raise")
 """What happens to a delta with a NaN or an Inf; the first is the default."""
 
+TRANSPORTS = ("auto", "direct", "mailbox")
+"""How ranks reach a shard: shared memory on its node and mailboxes elsewhere, or only one of them."""
+
+WIRES = (None, "bf16", "fp16", "int8")
+"""What travels between nodes; None is the center's own type."""
+
+CENTER_RANKS = (0,)
+"""Ranks that host the center's shards."""
+
 STALENESS_LIMIT = 2.0
 """Workers per period above which AGN with the add rule is known to be at risk (Hermans et al. 2017, section 4)."""
 
 
 @dataclass(frozen=True)
-class Variable:
+class Variable(Generic[T]):
     """An environment variable: its name, default, the text of its choices, and how its text becomes a value."""
 
     name: str
-    default: float
+    default: T
     choices: str
-    convert: Callable[[str], float]
-    accept: Callable[[float], bool]
+    convert: Callable[[str], T]
+    accept: Callable[[T], bool]
 
-    def read(self) -> float:
+    def read(self) -> T:
         """The value in the environment, or the default.
 
         Raises:
@@ -40,9 +52,10 @@ class Variable:
             return self.default
         try:
             value = self.convert(text)
+            accepted = self.accept(value)
         except ValueError:
-            value = None
-        if value is None or not self.accept(value):
+            accepted = False
+        if not accepted:
             raise ConfigError(f"{self.name}={text!r}: give {self.choices} (default {self.default}).")
         return value
 
@@ -55,6 +68,20 @@ BLOCK_BYTES = Variable(
     f"a whole number of bytes, a multiple of {_ALIGNMENT} below 2^31",
     int,
     lambda value: 0 < value < 2**31 and value % _ALIGNMENT == 0,
+)
+RING_BLOCKS = Variable(
+    "HVD_AGN_RING_BLOCKS",
+    8,
+    "a whole number of blocks, from 1 to 4096",
+    int,
+    lambda value: 1 <= value <= 4096,
+)
+TRANSPORT = Variable(
+    "HVD_AGN_TRANSPORT",
+    TRANSPORTS[0],
+    f"one of {', '.join(TRANSPORTS)}",
+    str,
+    lambda value: value in TRANSPORTS,
 )
 STALL_SECONDS = Variable(
     "HVD_AGN_STALL_SECONDS",
@@ -71,10 +98,27 @@ STALL_ABORT_SECONDS = Variable(
     lambda value: 0 <= value < 1e9,
 )
 
-VARIABLES = (BLOCK_BYTES, STALL_SECONDS, STALL_ABORT_SECONDS)
+VARIABLES: tuple[Variable[int] | Variable[float] | Variable[str], ...] = (
+    BLOCK_BYTES,
+    RING_BLOCKS,
+    TRANSPORT,
+    STALL_SECONDS,
+    STALL_ABORT_SECONDS,
+)
 
 RANK_COUNT_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Set by launchers to the number of processes they started."""
+
+
+def choose(argument: str, value: T, choices: tuple[T, ...]) -> T:
+    """The value, if it is one of the choices.
+
+    Raises:
+        ConfigError: it is not; names the argument.
+    """
+    if value not in choices:
+        raise ConfigError(f"{argument}={value!r}: give one of {', '.join(map(str, choices))}.")
+    return value
 
 
 def check_environment() -> None:

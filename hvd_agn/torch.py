@@ -5,7 +5,7 @@ This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Cente
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from . import config, rules
 from .center import Center
 from .client import Stats
-from .errors import CheckpointError, ConfigError, LayoutError, NonFiniteWarning, StalenessWarning, UsageError
+from .errors import AGNError, CheckpointError, ConfigError, LayoutError, NonFiniteWarning, StalenessWarning, UsageError
 from .torch_parameters import Parameters
 
 if TYPE_CHECKING:
@@ -41,9 +41,15 @@ class AGNOptimizer(torch.optim.Optimizer):
             through a contiguous copy on the CPU.
         communication_period: local steps between two exchanges, at least 1.
         rule: what the center does with a delta; None is ``hvd_agn.rules.Add()``.
+        overlap: exchange in the background while training goes on. At the end of a period a snapshot of the parameters
+            is taken and pushed; when the center's answer has come, the next ``step()`` adds to the parameters what the
+            center had that the snapshot had not. A boundary waits only if the exchange before it has not ended. Costs
+            one more copy of the parameters.
         named_parameters: ``model.named_parameters()``: names for messages and files. Without it the names are those of
             the optimizer, or ``param_groups[0].params[0]`` ...
         comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.
+        center_ranks, transport, wire_dtype: where the center is, and how it is reached from other nodes; see
+            :class:`hvd_agn.Center`.
         on_nonfinite: what to do with an update that has a NaN or an Inf. ``"skip"``: refuse it, warn, set the
             parameters to the center; ``"raise"``: refuse it and raise, leaving the parameters as they are.
         name: used in messages.
@@ -61,8 +67,12 @@ class AGNOptimizer(torch.optim.Optimizer):
         communication_period: int = config.COMMUNICATION_PERIOD,
         *,
         rule: rules.Rule | None = None,
+        overlap: bool = False,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         comm: "MPI.Comm | None" = None,
+        center_ranks: Sequence[int] | str = config.CENTER_RANKS,
+        transport: str | None = None,
+        wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
         name: str = "AGNOptimizer",
     ) -> None:
@@ -81,7 +91,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         """The wrapped optimizer."""
         self.communication_period = communication_period
 
+        self._overlap = overlap
         self._steps_since_exchange = 0
+        self._steps_under_way = 0
+        """Of the exchange in the background."""
         self._steps = 0
         self._viewing_center = False
         self._layout_changed = False
@@ -96,6 +109,10 @@ class AGNOptimizer(torch.optim.Optimizer):
             tensors,
             rule,
             comm,
+            center_ranks=center_ranks,
+            transport=transport,
+            wire_dtype=wire_dtype,
+            overlap=overlap,
             on_nonfinite=on_nonfinite,
             name=name,
             failed=failed,
@@ -175,7 +192,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         )
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
-        """One local step, and at the end of a period an exchange.
+        """One local step, and at the end of a period an exchange, or with ``overlap`` the start of one.
 
         Args:
             closure: handed to the wrapped optimizer.
@@ -185,10 +202,14 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: with ``on_nonfinite="raise"``.
+            StallError, MPIError: of this exchange, or with ``overlap`` of one in the background; steps that were not
+                pushed are part of the next exchange.
             LayoutError: a parameter has changed its shape, type or ties, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
         self.check_open("step()")
+        if self._client.ready:
+            self._land()
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         self._steps += 1
         self._steps_since_exchange += 1
@@ -199,14 +220,24 @@ class AGNOptimizer(torch.optim.Optimizer):
     # ---- exchange
 
     def flush(self) -> None:
-        """Push the steps taken since the last exchange, if any, and pull. Waits for nobody."""
+        """Push the steps taken since the last exchange, if any, and pull. Waits for no other worker.
+
+        What ``wire_dtype`` has rounded away so far is pushed too.
+        """
         self.check_open("flush()")
-        if self._steps_since_exchange > 0:
-            self._exchange()
+        self._land()
+        if self._steps_since_exchange > 0 or self._client.owes:
+            self._exchange_now(exact=True)
+
+    def before_load(self) -> None:
+        """For ``Center.load``: end the exchange under way; UsageError inside ``center_weights()``."""
+        self.check_open("Center.load()")
+        self._land()
 
     def pull(self) -> None:
         """Set the parameters to the center. Steps not yet pushed are dropped; ``flush()`` keeps them."""
         self.check_open("pull()")
+        self._land()
         self._read()
         try:
             self._client.pull()
@@ -221,6 +252,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         Takes a copy of the parameters for as long. Buffers, such as those of batch norm, stay local.
         """
         self.check_open("center_weights()")
+        self._land()
         with torch.no_grad():
             local = [e.parameter.detach().clone() for e in self._parameters.exchanged]
         self._read()
@@ -267,7 +299,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         if self._viewing_center:
             self.check_open("close()")
         if self._layout_changed:  # step() has said that they cannot be pushed
-            self._steps_since_exchange = 0
+            self.center.own(None)
         self.center.close()
 
     def __enter__(self) -> "AGNOptimizer":
@@ -291,15 +323,42 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._layout_changed = False
 
     def _exchange(self) -> None:
+        if not self._overlap:
+            self._exchange_now(exact=False)
+            return
+        self._land()
+        self._read()
+        self._client.start(self._steps_since_exchange)
+        self._steps_under_way, self._steps_since_exchange = self._steps_since_exchange, 0
+
+    def _exchange_now(self, *, exact: bool) -> None:
         self._read()
         try:
-            self._client.exchange(self._steps_since_exchange)
+            self._client.exchange(max(self._steps_since_exchange, 1), exact=exact)
         except NonFiniteWarning:  # made an error by a filter: the parameters are the center's all the same
             self._steps_since_exchange = 0
             raise
         finally:
             self._parameters.write_back()
         self._steps_since_exchange = 0
+
+    def _land(self) -> None:
+        """End the exchange in the background, if there is one: wait for it, and merge what it brought."""
+        if not self._client.started:
+            return
+        self._read()
+        try:
+            accepted = self._client.finish()
+        except NonFiniteWarning:  # as above
+            self._steps_since_exchange = 0
+            raise
+        except AGNError:  # what was not pushed is still in the parameters
+            self._steps_since_exchange += self._steps_under_way
+            raise
+        finally:
+            self._parameters.write_back()
+        if not accepted:
+            self._steps_since_exchange = 0
 
     # ---- checkpoints
 
@@ -309,6 +368,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         The center is saved by ``opt.center.save(path)``.
         """
         self.check_open("state_dict()")
+        self._land()
         anchor = {}
         for index, e in enumerate(self._parameters.exchanged):
             anchor[e.name] = torch.empty(e.shape, dtype=e.dtype)
@@ -335,6 +395,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             CheckpointError: the anchor is of other parameters; nothing was restored.
         """
         self.check_open("load_state_dict()")
+        self._land()
         inner = dict(state_dict)
         own = inner.pop(_STATE_KEY, None)
         mine = own is not None and (own["rank"], own["size"]) == (self.center.rank, self.center.size)

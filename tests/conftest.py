@@ -11,9 +11,9 @@ def small_blocks(monkeypatch):
 @pytest.fixture(autouse=True)
 def close_centers():
     yield
-    from hvd_agn import center
+    from hvd_agn import shutdown
 
-    for left in list(center._centers):
+    for left in list(shutdown.centers):
         left.own(None)
         left.close()
 

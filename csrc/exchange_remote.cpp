@@ -1,0 +1,135 @@
+#include "exchange_remote.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "service.hpp"
+
+namespace hvd_agn {
+
+// ---- what is asked
+
+void Client::ask(Message& head) const {
+  // Halves are sent as they are at the worker: exact, and half the bytes. Other types come as differences when the wire
+  // rounds, once host and worker agree on what the worker has. A block with both comes whole.
+  const Layout& layout = center_->layout();
+  bool halves[2] = {}, others = false;
+  for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part) {
+    const DType dtype = buffers_[part->segment].dtype;
+    halves[0] |= dtype == DType::f16;
+    halves[1] |= dtype == DType::bf16;
+    others |= dtype != DType::f16 && dtype != DType::bf16;
+  }
+  head.client = id_;
+  if (!others && halves[0] != halves[1]) {
+    head.half_values = true;
+    head.answer_wire = halves[0] ? Wire::fp16 : Wire::bf16;
+  } else if (others && !halves[0] && !halves[1] && options_.wire != Wire::center) {
+    head.mirrored = true;
+    head.difference = !whole_[head.block];
+    if (head.difference) head.answer_wire = options_.wire;
+  }
+}
+
+void Client::Push::request(Message& head, std::byte* payload) {
+  Client& c = client_;
+  const Layout& layout = c.center_->layout();
+  head.kind = Message::Kind::push;
+  head.wire = exact_ ? Wire::center : c.options_.wire;
+  c.ask(head);
+  const bool rounds = head.wire != Wire::center;
+  std::byte* values = rounds ? c.rounded_.data() : payload;
+  std::byte* residual = c.residual(head.block);
+  for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part)
+    kernels().delta(c.buffers_[part->segment].dtype, steps_, c.piece(*part, nullptr, values),
+                    residual ? residual + part->block_offset : nullptr);
+  const std::size_t used = layout.used_bytes(head.block);
+  if (rounds) {
+    encode_block(layout, head.block, head.wire, values, payload);
+    std::memcpy(residual, values, used);
+  } else if (residual) {
+    std::memset(residual, 0, used);
+  }
+  head.payload_bytes = encoded_bytes(layout, head.block, head.wire);
+  const std::lock_guard<std::mutex> lock(c.counts_mutex_);
+  c.progress_[head.block] = Progress::sent;
+  c.stats_.wire_bytes += head.payload_bytes;
+}
+
+void Client::Pull::request(Message& head, std::byte*) {
+  head.kind = Message::Kind::pull;
+  client_.ask(head);
+  if (head.half_values) return;
+  // All of it: the worker may be anywhere. The host is to remember it only if it becomes the anchor.
+  head.answer_wire = Wire::center;
+  head.difference = false;
+  head.mirrored &= anchor_;
+}
+
+std::byte* Client::residual(std::size_t block) const {
+  if (!residual_) return nullptr;
+  std::size_t before = 0;
+  for (const auto& [begin, end] : center_->remote()) {
+    if (begin <= block && block < end)
+      return residual_.get() + (before + block - begin) * center_->layout().block_bytes();
+    before += end - begin;
+  }
+  return nullptr;
+}
+
+// ---- what comes back
+
+Range Client::take(const Message& head, const std::byte* payload, bool theta, bool with_anchor) {
+  const Layout& layout = center_->layout();
+  Range range = Range::normal;
+  if (!head.half_values && !head.difference) {
+    range = copy_block(head.block, payload, layout.block_bytes(), theta, with_anchor);
+  } else {
+    for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part) {
+      const DType dtype = buffers_[part->segment].dtype;
+      const std::size_t bytes = part->count * item_size(dtype);
+      const void* values = payload;
+      if (head.difference) {
+        kernels().decode(dtype, head.answer_wire, payload, true, anchor(*part), part->count);
+        values = anchor(*part);
+      } else if (with_anchor) {
+        std::memcpy(anchor(*part), payload, bytes);
+      }
+      if (theta) std::memcpy(source(*part), values, bytes);
+      range = std::max(range, kernels().scan(dtype, values, part->count));
+      payload += wire_bytes(layout.dtype(*part), head.answer_wire, part->count);
+    }
+  }
+  if (head.mirrored) whole_[head.block] = 0;
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  stats_.wire_bytes += head.payload_bytes;
+  return range;
+}
+
+void Client::Push::answer(const Message& head, const std::byte* payload) {
+  const Range range = client_.take(head, payload, !client_.from_snapshot_, true);
+  client_.received(head.block, head.version, true, head.refused, range);
+}
+
+void Client::Pull::answer(const Message& head, const std::byte* payload) {
+  const Range range = client_.take(head, payload, theta_, anchor_);
+  if (anchor_) client_.received(head.block, head.version, false, false, range);
+}
+
+void Client::Push::abandon(std::size_t block) {
+  // The push will count at the center, but this worker will not learn what became of it: what it sent becomes its
+  // anchor, and it asks for the whole block next time.
+  Client& c = client_;
+  const Layout& layout = c.center_->layout();
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part)
+    std::memcpy(c.anchor(*part), c.source(*part), part->count * item_size(c.buffers_[part->segment].dtype));
+  c.whole_[block] = 1;
+  const std::lock_guard<std::mutex> lock(c.counts_mutex_);
+  c.anchor_range_ = c.next_range_ = Range::large;  // not looked at
+}
+
+void Client::Pull::abandon(std::size_t block) {
+  client_.whole_[block] = 1;  // the host may remember what this worker has not received
+}
+
+}  // namespace hvd_agn

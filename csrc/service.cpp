@@ -1,0 +1,131 @@
+#include "service.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace hvd_agn {
+
+std::size_t encoded_bytes(const Layout& layout, std::size_t block, Wire wire) {
+  if (wire == Wire::center) return layout.used_bytes(block);
+  std::size_t bytes = 0;
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part)
+    bytes += wire_bytes(layout.dtype(*part), wire, part->count);
+  return bytes;
+}
+
+void encode_block(const Layout& layout, std::size_t block, Wire wire, std::byte* values, std::byte* out) {
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
+    kernels().encode(layout.dtype(*part), wire, values + part->block_offset, out, part->count);
+    out += wire_bytes(layout.dtype(*part), wire, part->count);
+  }
+}
+
+void decode_block(const Layout& layout, std::size_t block, Wire wire, const std::byte* in, bool add,
+                  std::byte* values) {
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
+    kernels().decode(layout.dtype(*part), wire, in, add, values + part->block_offset, part->count);
+    in += wire_bytes(layout.dtype(*part), wire, part->count);
+  }
+}
+
+Service::Service(std::unique_ptr<Shard> shard, const Layout& layout, const Rule& rule)
+    : shard_(std::move(shard)), layout_(layout), rule_(rule), values_(layout.block_bytes()) {}
+
+bool Service::respond(int worker, Message& head, std::byte* payload) {
+  using Kind = Message::Kind;
+  if (head.kind == Kind::version) {
+    head.version = shard_->version();
+    return true;
+  }
+  // Values of the center's own type are worked on in the message itself.
+  const bool in_place = head.wire == Wire::center && head.answer_wire == Wire::center && !head.mirrored;
+  std::byte* values = in_place ? payload : values_.data();
+  {
+    auto block = shard_->try_lock(head.block);
+    if (!block) return false;
+    switch (head.kind) {
+      case Kind::push:
+        if (head.wire != Wire::center)
+          decode_block(layout_, head.block, head.wire, payload, false, values);
+        else if (!in_place)
+          std::memcpy(values, payload, layout_.used_bytes(head.block));
+        push(*block, head, values);
+        break;
+      case Kind::pull:
+        std::memcpy(values, block->data(), layout_.used_bytes(head.block));
+        head.version = block->version();
+        break;
+      case Kind::read:
+        std::memcpy(payload, block->data(), shard_->stride());
+        head.version = block->version();
+        head.payload_bytes = shard_->stride();
+        return true;
+      case Kind::write:
+        std::memcpy(block->spare(), payload, shard_->stride());
+        block->commit(head.version);
+        head.payload_bytes = 0;
+        return true;
+      case Kind::version:
+        break;
+    }
+  }
+  encode(worker, head, values, payload);
+  return true;
+}
+
+void Service::push(Shard::Block& block, Message& head, std::byte* values) {
+  const std::uint64_t version = block.version();
+  Range range = Range::normal;
+  for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
+    if (part != layout_.begin(head.block)) reach(Stage::half_written, head.block);
+    const std::size_t at = part->block_offset;
+    const Piece piece = {values + at,           nullptr,    block.data() + at, block.spare() + at,
+                         shard_->slot_stride(), part->count};
+    range = std::max(range, kernels().apply(layout_.dtype(*part), rule_, version == 0, piece));
+  }
+  head.refused = range == Range::nonfinite;
+  if (head.refused) {
+    std::memcpy(values, block.data(), layout_.used_bytes(head.block));
+    head.version = version;
+  } else {
+    block.commit(version + 1);
+    head.version = version + 1;
+  }
+}
+
+void Service::encode(int worker, Message& head, std::byte* values, std::byte* payload) {
+  if (head.half_values) {
+    head.payload_bytes = 0;
+    const DType half = head.answer_wire == Wire::fp16 ? DType::f16 : DType::bf16;
+    for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
+      const Piece piece = {payload + head.payload_bytes, nullptr, values + part->block_offset, nullptr, 0, part->count};
+      kernels().pull(half, piece);
+      head.payload_bytes += wire_bytes(layout_.dtype(*part), head.answer_wire, part->count);
+    }
+    return;
+  }
+  head.payload_bytes = encoded_bytes(layout_, head.block, head.answer_wire);
+  if (!head.difference) {
+    if (values != payload) std::memcpy(payload, values, head.payload_bytes);
+    if (head.mirrored) std::memcpy(mirror(worker, head), values, head.payload_bytes);
+    return;
+  }
+  // The client adds what it is sent to what it has, and so does the mirror; what was rounded away comes with a later
+  // answer.
+  std::byte* had = mirror(worker, head);
+  for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
+    std::byte* at = values + part->block_offset;
+    kernels().subtract(layout_.dtype(*part), at, had + part->block_offset, at, part->count);
+  }
+  encode_block(layout_, head.block, head.answer_wire, values, payload);
+  decode_block(layout_, head.block, head.answer_wire, payload, true, had);
+}
+
+std::byte* Service::mirror(int worker, const Message& head) {
+  const std::size_t block_bytes = layout_.block_bytes();
+  Mirror& found = mirrors_[{worker, head.client}];
+  if (!found) found.reset(new std::byte[(shard_->end() - shard_->begin()) * block_bytes]);
+  return found.get() + (head.block - shard_->begin()) * block_bytes;
+}
+
+}  // namespace hvd_agn

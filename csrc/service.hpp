@@ -1,0 +1,44 @@
+// The host's end of the mailbox: what a request does to the shard, under the same block locks as the direct path.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "mailbox.hpp"
+#include "shard.hpp"
+
+namespace hvd_agn {
+
+class Service : public Responder {
+ public:
+  /// `shard`: a view with a spare of its own.
+  Service(std::unique_ptr<Shard> shard, const Layout& layout, const Rule& rule);
+
+  bool respond(int worker, Message& head, std::byte* payload) override;
+  int holder(std::size_t block) const override { return shard_->holder(block); }
+
+ private:
+  /// The shard's values as a client has them; answers with `difference` tell it what has changed since.
+  using Mirror = std::unique_ptr<std::byte[]>;
+
+  void push(Shard::Block& block, Message& head, std::byte* values);
+  void encode(int worker, Message& head, std::byte* values, std::byte* payload);
+  std::byte* mirror(int worker, const Message& head);
+
+  std::unique_ptr<Shard> shard_;
+  const Layout& layout_;
+  Rule rule_;
+  std::vector<std::byte> values_;                            // of one block, in the center's types
+  std::map<std::pair<int, std::uint32_t>, Mirror> mirrors_;  // by worker and client
+};
+
+/// Bytes of an encoded block.
+std::size_t encoded_bytes(const Layout& layout, std::size_t block, Wire wire);
+/// A block's image in the center's types, to `wire`; the image becomes what was rounded away.
+void encode_block(const Layout& layout, std::size_t block, Wire wire, std::byte* values, std::byte* out);
+/// The other way; `add`: to the image.
+void decode_block(const Layout& layout, std::size_t block, Wire wire, const std::byte* in, bool add, std::byte* values);
+
+}  // namespace hvd_agn
