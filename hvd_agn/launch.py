@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import _core, mpi
 from .errors import LaunchError
+from .hosts import EmulatedHosts
 
 _OVERSUBSCRIBE = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",  # Open MPI 4
@@ -44,6 +45,7 @@ def run_ranks(
     timeout: float,
     env: Mapping[str, str] | None = None,
     before_kill: Callable[[], object] | None = None,
+    hosts: EmulatedHosts | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``command`` on ``ranks`` ranks of this machine, more than it has cores if need be.
 
@@ -51,6 +53,8 @@ def run_ranks(
         timeout: seconds, after which the job, and nothing else, is killed.
         env: variables to set besides this process's own.
         before_kill: called first when the time is over.
+        hosts: where to run: as many ranks on each as on the others, the first ranks on the first host. The time over,
+            everything there is killed. None: all on this machine.
 
     Returns:
         Exit status and text of both outputs.
@@ -61,9 +65,12 @@ def run_ranks(
     """
     if missing := missing_root_variables():
         raise LaunchError(f"mpirun refuses to run as root. Set {' and '.join(f'{name}=1' for name in missing)}.")
+    line = [mpirun(), "-np", str(ranks), *command]
+    if hosts is not None:
+        line = hosts.command(0, [line[0], *_placement(ranks, hosts), *line[1:]])
     process = subprocess.Popen(
-        [mpirun(), "-np", str(ranks), *command],
-        env={**_OVERSUBSCRIBE, **os.environ, **(env or {})},
+        line,
+        env={**_OVERSUBSCRIBE, **os.environ, **_agents(hosts), **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -77,11 +84,35 @@ def run_ranks(
         if before_kill is not None:
             before_kill()
         _kill(process)
+        if hosts is not None:
+            hosts.kill()  # launchers' daemons leave the family
         out, err = process.communicate()
         if isinstance(interruption, subprocess.TimeoutExpired):
             raise subprocess.TimeoutExpired(process.args, timeout, out, err) from None  # type: ignore[arg-type]
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _placement(ranks: int, hosts: EmulatedHosts) -> list[str]:
+    """The launcher's arguments that spread ranks over hosts, in blocks."""
+    count = len(hosts.names)
+    slots = [(ranks + count - 1 - i) // count for i in range(count)]
+    where = ",".join(f"{name}:{n}" for name, n in zip(hosts.names, slots, strict=True) if n)
+    if "Open MPI" not in _core.mpi_library_version():
+        return ["-hosts", where]
+    return ["--host", where, "--map-by", "slot", "--bind-to", "none"]  # else each host's first rank is bound to core 0
+
+
+def _agents(hosts: EmulatedHosts | None) -> dict[str, str]:
+    """Variables that make every MPI start its daemons through the hosts' agent instead of ssh."""
+    if hosts is None:
+        return {}
+    return {
+        "OMPI_MCA_plm_rsh_agent": hosts.agent,  # Open MPI 4
+        "PRTE_MCA_plm_ssh_agent": hosts.agent,  # Open MPI 5
+        "HYDRA_LAUNCHER": "ssh",  # MPICH
+        "HYDRA_LAUNCHER_EXEC": hosts.agent,
+    }
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

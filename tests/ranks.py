@@ -17,9 +17,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from hvd_agn.hosts import EmulatedHosts
 
 TIMEOUT = 120.0
 _OUTLIVED = "TEST_RANK_IS_OUTLIVED"
@@ -32,10 +35,12 @@ def on_ranks(
     timeout: float = TIMEOUT,
     env: dict[str, str] | None = None,
     expect_death: bool = False,
+    hosts: "EmulatedHosts | None" = None,
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank; args and results are JSON. Fails the test with every rank's traceback.
 
     ``expect_death``: a rank may end without a result (None stands in its place), and the others must go on.
+    ``hosts``: run there, in blocks of ranks, instead of on this machine.
     """
     from hvd_agn.launch import run_ranks
 
@@ -50,6 +55,7 @@ def on_ranks(
                 timeout=timeout,
                 env=env,
                 before_kill=lambda: _dump_stacks(job),
+                hosts=hosts,
             )
         except subprocess.TimeoutExpired as late:
             pytest.fail(
