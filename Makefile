@@ -20,6 +20,9 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 # One thread per rank: the ranks are the parallelism.
 export OMP_NUM_THREADS = 1
 
+# For the emulated hosts of tests/multihost.
+IPROUTE2 := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; apt-get -qq install -y iproute2
+
 RESULTS := benchmarks/results
 
 .PHONY: demo test bench lint stub clean environment
@@ -55,6 +58,7 @@ environment: $(VENV)/.installed
 
 # The MPI comes first: the core is built against it. All else is declared in pyproject.toml.
 $(VENV)/.installed: constraints.txt pyproject.toml CMakeLists.txt Makefile $(wildcard csrc/*)
+	@command -v tc > /dev/null || sh -c '$(IPROUTE2)' > /dev/null 2>&1 || echo "no iproute2: multihost tests will skip"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(WHEEL),$(if $(findstring ==,$(WHEEL)),$(filter-out PIP_CONSTRAINT=%,$(PIP)),$(PIP)) install $(WHEEL))
 	$(PIP) install --editable ".[test,lint]"

@@ -44,7 +44,7 @@ class EmulatedHosts:
     Args:
         count: how many.
         rate: of every host's link, in each direction, as ``tc`` spells it: ``"1gbit"``. None: as fast as it goes.
-        delay: of every host's link, in each direction: with ``"1ms"`` a round trip between two hosts takes 4 ms. Needs netem.
+        delay: of every host's link, in each direction. ``"1ms"`` makes a round trip of 4 ms. Needs netem.
 
     Raises:
         LaunchError: on entry, if this machine does not let us; the message says what is missing.

@@ -60,7 +60,8 @@ def put_while_others_wait(rounds):
     thread.start()
     target = (world.rank + 1) % world.size
     for i in range(rounds):
-        window.Put(np.full(2**18, i + world.rank, np.float32), target)
+        block = np.full(2**18, i + world.rank, np.float32)  # must live until the flush
+        window.Put(block, target)
         window.Flush(target)
     thread.join()
     world.Barrier()
