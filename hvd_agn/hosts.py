@@ -27,6 +27,7 @@ while [ "${{1#-}}" != "$1" ]; do shift; done
 host=$1
 shift
 exec ip netns exec "$host" unshare --uts --ipc sh -c '
+export TMPDIR={folder} # where launchers leave files when they are killed
 hostname "$0" && mount --bind {folder}/hosts /etc/hosts && mount -t tmpfs shm /dev/shm && exec sh -c "$1"
 ' "$host" "$*"
 """

@@ -91,38 +91,51 @@ def test_open_mpi_4_refuses_a_window_across_hosts(hosts):
     assert on_ranks(2, make_a_window, hosts=hosts) == ["MPI_ERR_WIN: invalid window"] * 2
 
 
-def send_and_time(nbytes, pings):
-    """Seconds, the least of three, in which two ranks send each other so much; and in which they send a byte."""
+def talk(names, nbytes, pings):
+    """Over a plain socket: seconds in which both hosts send each other so much; and seconds for a round trip."""
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    out, back = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
-    one = np.zeros(1, np.uint8)
-    world.Sendrecv(out[:65536], 1 - world.rank, recvbuf=back[:65536], source=1 - world.rank)
-    both = []
-    for _ in range(3):
-        start = time.monotonic()
-        world.Sendrecv(out, 1 - world.rank, recvbuf=back, source=1 - world.rank)
-        both.append(time.monotonic() - start)
-    assert back.all()
-    start = time.monotonic()
+    rank = MPI.COMM_WORLD.rank
+    if rank == 0:
+        server = socket.create_server((names[0], 0))
+    port = MPI.COMM_WORLD.bcast(server.getsockname()[1] if rank == 0 else None)
+    link = server.accept()[0] if rank == 0 else socket.create_connection((names[0], port))
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def receive(count):
+        while count:
+            count -= len(link.recv(min(count, 2**20)))
+
+    round_trip = []
     for _ in range(pings):
-        world.Sendrecv(one, 1 - world.rank, recvbuf=one.copy(), source=1 - world.rank)
-    return min(both), (time.monotonic() - start) / pings
+        start = time.monotonic()
+        if rank == 0:
+            link.sendall(b"x")
+        receive(1)
+        if rank == 1:
+            link.sendall(b"x")
+        round_trip.append(time.monotonic() - start)
+    start = time.monotonic()
+    sender = threading.Thread(target=link.sendall, args=(bytes(nbytes),))
+    sender.start()
+    receive(nbytes)
+    both = time.monotonic() - start
+    sender.join()
+    return both, min(round_trip)
 
 
 @pytest.mark.parametrize("slow_hosts", [{"rate": "1gbit"}], indirect=True)
 def test_a_link_has_its_rate_in_each_direction(slow_hosts):
-    both, _ = on_ranks(2, send_and_time, 50_000_000, 1, hosts=slow_hosts)[0]
-    assert 0.39 < both < 0.8  # 50 MB at 1 Gbit/s take 0.4 s; twice that, if both directions shared a link
+    both, _ = on_ranks(2, talk, slow_hosts.names, 100_000_000, 10, hosts=slow_hosts)[0]
+    assert 0.78 < both < 1.4  # 100 MB at 1 Gbit/s take 0.8 s; twice that, if both directions shared a link
     assert slow_hosts.dropped() == 0
 
 
-@pytest.mark.parametrize("slow_hosts", [{"rate": "1gbit", "delay": "5ms"}], indirect=True)
+@pytest.mark.parametrize("slow_hosts", [{"rate": "1gbit", "delay": "2ms"}], indirect=True)
 def test_a_link_has_its_delay(slow_hosts):
-    both, latency = on_ranks(2, send_and_time, 50_000_000, 20, hosts=slow_hosts)[0]
-    assert 0.4 < both < 1.2
-    assert 0.01 <= latency < 0.03  # one way is two links
+    both, round_trip = on_ranks(2, talk, slow_hosts.names, 100_000_000, 10, hosts=slow_hosts)[0]
+    assert 0.78 < both < 1.4
+    assert 0.008 <= round_trip < 0.02  # two links there, two back
     assert slow_hosts.dropped() == 0
 
 
