@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from . import config
 from .errors import AGNError
 
 
@@ -15,8 +16,10 @@ def main() -> int:
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     exchange = bench.add_parser("exchange", help="an exchange, against the memory's limit, allreduce, Get_accumulate")
     exchange.add_argument("--ranks", type=_counts, default=[1, 2, 4], help="rank counts, such as 1,2,4 (the default)")
+    exchange.add_argument("--transport", choices=config.TRANSPORTS, default="auto", help="as of Center (default auto)")
+    multihost = bench.add_parser("multihost", help="exchanges between two emulated hosts; needs root and iproute2")
     step = bench.add_parser("step", help="a step between exchanges, against the wrapped optimizer's")
-    for each in (exchange, step):
+    for each in (exchange, multihost, step):
         each.add_argument("--params", type=int, default=25_000_000, help="float32 parameters (default 25000000)")
         each.add_argument("--json", action="store_true", help="one JSON object per row on stdout, the table on stderr")
     arguments = parser.parse_args()
@@ -26,10 +29,14 @@ def main() -> int:
 
         return check.main()
     from . import bench as benchmarks
+    from . import bench_hosts
 
     try:
         if arguments.bench == "exchange":
-            columns, rows = benchmarks.EXCHANGE_COLUMNS, benchmarks.exchange(arguments.params, arguments.ranks)
+            rows = benchmarks.exchange(arguments.params, arguments.ranks, arguments.transport)
+            columns = benchmarks.EXCHANGE_COLUMNS
+        elif arguments.bench == "multihost":
+            columns, rows = bench_hosts.COLUMNS, bench_hosts.run(arguments.params)
         else:
             columns, rows = benchmarks.STEP_COLUMNS, benchmarks.step(arguments.params)
     except AGNError as error:

@@ -23,6 +23,8 @@ from .launch import run_ranks
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .hosts import EmulatedHosts
+
 ROUNDS = 7
 EXCHANGES_PER_ROUND = 5
 PERIOD = 10
@@ -50,71 +52,107 @@ STEP_COLUMNS: Columns = (
 )
 
 
-def exchange(params: int, ranks: Sequence[int]) -> list[dict[str, Any]]:
-    """Time the exchange of ``params`` float32 parameters on each number of ranks. Times in ms.
+def exchange(params: int, ranks: Sequence[int], transport: str) -> list[dict[str, Any]]:
+    """Time the exchange of ``params`` float32 parameters on each number of ranks of this machine. Times in ms.
 
     Raises:
         AGNError: a run failed; the message has its output.
     """
-    results = []
-    for n in ranks:
-        command = [sys.executable, "-m", "hvd_agn.bench", str(params)]
-        try:
-            done = run_ranks(n, command, timeout=600)
-        except subprocess.TimeoutExpired as late:
-            raise AGNError(f"the run on {n} ranks took over {late.timeout} s: {late.stderr!s}") from None
-        if done.returncode != 0:
-            raise AGNError(f"the run on {n} ranks failed: {done.stdout}{done.stderr}")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    return results
+    return [run_job(n, {"params": params, "center": {"transport": transport}}) for n in ranks]
 
 
-def exchange_rank(params: int) -> None:
-    """One rank's part of :func:`exchange`; rank 0 prints the result as JSON."""
+def run_job(ranks: int, options: dict[str, Any], hosts: "EmulatedHosts | None" = None) -> dict[str, Any]:
+    """:func:`exchange_rank` on every rank; rank 0's result.
+
+    Raises:
+        AGNError: the run failed; the message has its output.
+    """
+    command = [sys.executable, "-m", "hvd_agn.bench", json.dumps(options)]
+    try:
+        done = run_ranks(ranks, command, timeout=600, hosts=hosts)
+    except subprocess.TimeoutExpired as late:
+        raise AGNError(f"the run on {ranks} ranks took over {late.timeout} s: {late.stderr!s}") from None
+    if done.returncode != 0:
+        raise AGNError(f"the run on {ranks} ranks failed: {done.stdout}{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def exchange_rank(options: dict[str, Any]) -> None:
+    """One rank's part of a job; rank 0 prints the result as JSON.
+
+    Args:
+        options: ``params``; ``center``: arguments of :class:`hvd_agn.Center`; ``rounds``; ``alone``: leave out what the
+            exchange is compared with.
+    """
     MPI = mpi.initialize()
     comm = MPI.COMM_WORLD
+    params, rounds, alone = options["params"], options.get("rounds", ROUNDS), options.get("alone", False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        center = Center([theta := np.zeros(params, np.float32)])
-    naive = _HandWritten(MPI, params)
-    summed = np.zeros(params, np.float32)
+        center = Center([theta := np.zeros(params, np.float32)], **options["center"])
+    summed = np.zeros(0 if alone else params, np.float32)
+    naive = None if alone else _HandWritten(MPI, params)
 
     limit: list[float] = []
     own: list[float] = []
     spans: list[float] = []
     allreduce: list[float] = []
     by_hand: list[float] = []
-    for _ in range(ROUNDS + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first warms up
         if comm.rank == 0:
-            limit += _core.time_private_pass(params, int(config.BLOCK_BYTES.read()), 2)[1:]
+            limit += _core.time_private_pass(params, config.BLOCK_BYTES.read(), 2)[1:]
         theta += 1.0
         _sleeping_barrier(comm)
         start = time.monotonic()
         own += [_timed(lambda: center.exchange(PERIOD)) for _ in range(EXCHANGES_PER_ROUND)]
         end = time.monotonic()
         spans.append(comm.allreduce(end, op=MPI.MAX) - comm.allreduce(start, op=MPI.MIN))
+        if naive is not None:
+            _sleeping_barrier(comm)
+            allreduce.append(_timed(lambda: comm.Allreduce(MPI.IN_PLACE, summed)))
+            _sleeping_barrier(comm)
+            by_hand.append(_timed(naive.exchange))
         _sleeping_barrier(comm)
-        allreduce.append(_timed(lambda: comm.Allreduce(MPI.IN_PLACE, summed)))
-        _sleeping_barrier(comm)
-        by_hand.append(_timed(naive.exchange))
-        _sleeping_barrier(comm)
-    naive.close()
+    # The host's own exchange is direct: of all ranks, the slowest is reported.
+    slowest = comm.allreduce(statistics.median(own[EXCHANGES_PER_ROUND:]), op=MPI.MAX)
+    slowest_by_hand = comm.allreduce(statistics.median(by_hand[1:]) if by_hand else 0.0, op=MPI.MAX)
+    if naive is not None:
+        naive.close()
+    overlap = _overlap(center, comm) if options["center"].get("overlap") else {}
     if comm.rank == 0:
         result = {
             "ranks": comm.size,
             "params": params,
             "limit_ms": 1e3 * min(limit[1:]),
-            "exchange_ms": 1e3 * statistics.median(own[EXCHANGES_PER_ROUND:]),
-            "per_exchange_ms": 1e3 * sum(spans[1:]) / (ROUNDS * EXCHANGES_PER_ROUND * comm.size),
-            "allreduce_ms": 1e3 * statistics.median(allreduce[1:]),
-            "naive_ms": 1e3 * statistics.median(by_hand[1:]),
+            "exchange_ms": 1e3 * slowest,
+            "per_exchange_ms": 1e3 * sum(spans[1:]) / (rounds * EXCHANGES_PER_ROUND * comm.size),
         }
         result["exchange_over_limit"] = result["exchange_ms"] / result["limit_ms"]
         result["per_exchange_over_limit"] = result["per_exchange_ms"] / result["limit_ms"]
-        result["allreduce_over_exchange"] = result["allreduce_ms"] / result["exchange_ms"]
-        result["naive_over_exchange"] = result["naive_ms"] / result["exchange_ms"]
+        if naive is not None:
+            result["allreduce_ms"] = 1e3 * statistics.median(allreduce[1:])
+            result["naive_ms"] = 1e3 * slowest_by_hand
+            result["allreduce_over_exchange"] = result["allreduce_ms"] / result["exchange_ms"]
+            result["naive_over_exchange"] = result["naive_ms"] / result["exchange_ms"]
+        result |= overlap
         result["mpi"] = _core.mpi_library_version().split(",")[0].split("\n")[0].strip()
         print(json.dumps(result), flush=True)
+
+
+def _overlap(center: Center, comm: "MPI.Comm") -> dict[str, float]:
+    """What start() and finish() take around an exchange that ends in the background: the slowest rank's, in ms."""
+    client = center.arrays_client
+    blocked: list[float] = []
+    merge: list[float] = []
+    for _ in range(ROUNDS):
+        _sleeping_barrier(comm)
+        blocked.append(_timed(lambda: client.start(PERIOD)))
+        while not client.ready:
+            time.sleep(0.002)
+        merge.append(_timed(client.finish))
+    times = {"blocked_ms": blocked, "merge_ms": merge}
+    return {key: 1e3 * max(comm.allgather(statistics.median(values))) for key, values in times.items()}
 
 
 class _HandWritten:
@@ -174,7 +212,7 @@ def step(params: int) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]], columns: Columns) -> str:
     """Rows as aligned text."""
     cells = [[heading for _, heading, _ in columns]]
-    cells += [[form.format(row[key]) for key, _, form in columns] for row in rows]
+    cells += [[form.format(row[key]) if key in row else "" for key, _, form in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
 
@@ -193,4 +231,4 @@ def _sleeping_barrier(comm: "MPI.Comm") -> None:
 
 
 if __name__ == "__main__":
-    exchange_rank(int(sys.argv[1]))
+    exchange_rank(json.loads(sys.argv[1]))
