@@ -124,18 +124,48 @@ word<T> largest_of(const T* values, std::size_t count) {
   return largest;
 }
 
+/// Copies to one or two places, and looks at the values on the way.
+template <class T>
+Range pull_plain(const Piece& p) {
+  const T* __restrict in = reinterpret_cast<const T*>(p.in);
+  T* __restrict one = static_cast<T*>(p.theta ? p.theta : p.anchor);
+  T* __restrict other = static_cast<T*>(p.anchor);
+  word<T> largest = 0;
+  if (p.theta && p.anchor) {
+    for (std::size_t i = 0; i < p.count; ++i) {
+      one[i] = other[i] = in[i];
+      largest = larger(largest, magnitude(in[i]));
+    }
+  } else {
+    for (std::size_t i = 0; i < p.count; ++i) {
+      one[i] = in[i];
+      largest = larger(largest, magnitude(in[i]));
+    }
+  }
+  return range_of<T>(largest);
+}
+
+template <class H>
+Range pull_half(const Piece& p) {
+  const float* in = reinterpret_cast<const float*>(p.in);
+  H* to = static_cast<H*>(p.theta ? p.theta : p.anchor);
+  store(in, to, p.count);
+  if (p.theta && p.anchor) __builtin_memcpy(p.anchor, p.theta, p.count * sizeof(H));
+  return range_of<float>(largest_of(in, p.count));
+}
+
 Range pull(DType dtype, const Piece& p) {
-  const std::size_t bytes = p.count * item_size(dtype);
-  void* to = p.theta ? p.theta : p.anchor;
-  if (dtype == DType::f16)
-    store(reinterpret_cast<const float*>(p.in), static_cast<Half*>(to), p.count);
-  else if (dtype == DType::bf16)
-    store(reinterpret_cast<const float*>(p.in), static_cast<Bfloat*>(to), p.count);
-  else
-    __builtin_memcpy(to, p.in, bytes);
-  if (p.theta && p.anchor) __builtin_memcpy(p.anchor, p.theta, bytes);
-  if (dtype == DType::f64) return range_of<double>(largest_of(reinterpret_cast<const double*>(p.in), p.count));
-  return range_of<float>(largest_of(reinterpret_cast<const float*>(p.in), p.count));
+  switch (dtype) {
+    case DType::f32:
+      return pull_plain<float>(p);
+    case DType::f64:
+      return pull_plain<double>(p);
+    case DType::f16:
+      return pull_half<Half>(p);
+    case DType::bf16:
+      return pull_half<Bfloat>(p);
+  }
+  __builtin_unreachable();
 }
 
 // ---- checks

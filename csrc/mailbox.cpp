@@ -15,11 +15,11 @@ namespace {
 
 constexpr std::size_t kCounterBytes = 64;
 constexpr std::size_t kPutLimit = std::size_t{1} << 30;  // MPI counts in int
-constexpr int kSpins = 100;                              // polls before the first nap
-constexpr auto kNap = std::chrono::microseconds(20);
-constexpr auto kLongestNap = std::chrono::microseconds(200);    // while an answer is awaited
-constexpr auto kLongestRest = std::chrono::microseconds(1000);  // while nothing is under way
-constexpr auto kLook = std::chrono::milliseconds(100);          // between looks for progress, of whoever waits
+constexpr auto kSpin = std::chrono::microseconds(500);   // after the last message: poll, and yield to whoever works
+constexpr auto kAlert = std::chrono::milliseconds(20);   // after the last message, or while an answer is awaited: nap
+constexpr auto kNap = std::chrono::microseconds(50);
+constexpr auto kRest = std::chrono::microseconds(1000);  // after that
+constexpr auto kLook = std::chrono::milliseconds(100);   // between looks for progress, of whoever waits
 constexpr auto kStopLimit = std::chrono::seconds(10);
 
 std::byte* payload_of(Message* message) {
@@ -228,8 +228,8 @@ std::string Mailbox::what_it_does() const {
 void Mailbox::loop() {
   pthread_setname_np(pthread_self(), "hvd_agn mailbox");
   try {
-    auto nap = kNap;
-    for (int idle = 0;;) {
+    auto last_message = std::chrono::steady_clock::now();
+    for (;;) {
       bool waiting = false;
       {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -237,21 +237,21 @@ void Mailbox::loop() {
         for (const Peer& host : hosts_) waiting |= host.sent > host.answered;
         if (workers_.empty() && !waiting && !transfer_) {  // nothing to poll for
           changed_.wait(lock, [this] { return stopping_ || transfer_; });
-          idle = 0;
-          continue;
+          last_message = std::chrono::steady_clock::now();
         }
       }
       poll_mpi();
       if (serve() | advance()) {
-        idle = 0;
-        nap = kNap;
-      } else if (++idle < kSpins) {
-        sched_yield();
-      } else {
-        std::unique_lock<std::mutex> lock(mutex_);
-        if (!stopping_) changed_.wait_for(lock, nap);
-        nap = std::min(2 * nap, waiting || transfer_ ? kLongestNap : kLongestRest);
+        last_message = std::chrono::steady_clock::now();
+        continue;
       }
+      const auto quiet = std::chrono::steady_clock::now() - last_message;
+      if (quiet < kSpin) {
+        sched_yield();
+        continue;
+      }
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (!stopping_) changed_.wait_for(lock, waiting || quiet < kAlert ? kNap : kRest);
     }
   } catch (...) {
     fail(std::current_exception());
@@ -350,11 +350,12 @@ bool Mailbox::advance() {
   if (hosts_.empty()) return false;
   bool any = false;
   for (Peer& host : hosts_) any |= take_answers(host);
-  for (Peer& host : hosts_) any |= send_requests(host);
-  for (Peer& host : hosts_) {
+  // Not at once after the put: the network has had the time of the answers' unpacking.
+  for (Peer& host : hosts_)
     if (host.sent != host.published) publish(host, host.pending[(host.sent - 1) % ring_]);
+  for (Peer& host : hosts_) any |= send_requests(host);
+  for (const Peer& host : hosts_)
     if (host.sent != host.answered) at(Phase::wait, host.rank, host.pending[host.answered % ring_]);
-  }
   finish_transfer();
   return any;
 }
@@ -374,8 +375,9 @@ bool Mailbox::take_answers(Peer& host) {
 }
 
 bool Mailbox::send_requests(Peer& host) {
-  // Half a ring at a time: one half travels while the other is worked on.
-  const std::size_t batch = std::max<std::size_t>(1, ring_ / 2);
+  // A quarter of the ring at a time, so that one is on its way there, one at the host, one on its way back, and one
+  // here.
+  const std::size_t batch = std::max<std::size_t>(1, ring_ / 4);
   for (std::size_t i = 0; i < batch; ++i) {
     Message* message = staging(host, host.sent);
     {
