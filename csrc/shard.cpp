@@ -37,8 +37,8 @@ void signal_at(Stage stage, std::size_t block, int signal) {
 }
 
 void reach(Stage stage, std::size_t block) {
-  if (signal_stage.load(std::memory_order_relaxed) == stage && signal_block.load() == block)
-    std::raise(signal_number.load());
+  if (signal_stage.load(std::memory_order_relaxed) != stage || signal_block.load() != block) return;
+  if (signal_stage.exchange(Stage::none) == stage) std::raise(signal_number.load());
 }
 
 struct Shard::Header {

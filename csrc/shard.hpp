@@ -113,7 +113,8 @@ class Shard {
 /// Asks for large pages, before the first write: fewer misses of the address cache in a pass. It is only a wish.
 void use_huge_pages(void* data, std::size_t bytes);
 
-/// For tests of crashes and stalls: raise a signal when this process reaches this stage of a pass over this block.
+/// For tests of crashes and stalls: raise a signal, once, when this process reaches this stage of a pass over this
+/// block.
 void signal_at(Stage stage, std::size_t block, int signal);
 /// Called by the pass.
 void reach(Stage stage, std::size_t block);

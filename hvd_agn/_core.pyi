@@ -157,7 +157,7 @@ class Stage(enum.Enum):
 
 def signal_at(stage: Stage, block: int, signal: int) -> None:
     """
-    For tests: raise a signal when this process reaches a stage of a pass over a block.
+    For tests: raise a signal, once, when this process reaches a stage of a pass over a block.
     """
 
 def time_private_pass(count: int, block_bytes: int, repeats: int) -> list[float]:
