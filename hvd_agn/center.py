@@ -7,7 +7,7 @@ No array data is touched here. The work is in the native core: ``csrc/exchange.c
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -167,7 +167,7 @@ class Center:
     def _hosts(self, center_ranks: Sequence[int] | str) -> list[int]:
         if center_ranks == "nodes":
             return sorted(set(self._comm.nodes))
-        ranks = [] if isinstance(center_ranks, str) else list(center_ranks)
+        ranks = [] if isinstance(center_ranks, str) or not isinstance(center_ranks, Iterable) else list(center_ranks)
         usable = [r for r in ranks if isinstance(r, int) and not isinstance(r, bool) and 0 <= r < self._comm.size]
         if not ranks or usable != ranks or len(set(ranks)) < len(ranks):
             raise ConfigError(
