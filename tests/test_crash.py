@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from mailboxes import state, wait_until
 from ranks import on_ranks
 
 from hvd_agn import Center, _core, rules
@@ -15,21 +16,6 @@ BLOCK = 256  # float32 elements in a block of 1024 bytes
 BLOCKS = 3
 STAGES = ["half_written", "written", "committed"]
 RULES = {"add": rules.Add(), "momentum": rules.SGD(lr=1.0, momentum=0.5)}
-
-
-def wait_until(condition, what):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"waited 30 s for {what}"
-        time.sleep(0.005)
-
-
-def state(pid):
-    """Of a process: R, S, T, Z ..., or X if there is none."""
-    try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
 
 
 def arrays_of(blocks):

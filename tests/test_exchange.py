@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mailboxes import native_rule
 from reference import ReferenceCenter, ReferenceClient, wide
 
 from hvd_agn import Center, rules
@@ -20,10 +21,6 @@ RULES = [
     ("sgd", {"lr": 0.5, "momentum": 0.9, "nesterov": True}),
     ("sgd", {"lr": 0.5, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
 ]
-
-
-def native_rule(name, hyper):
-    return rules.Add(**hyper) if name == "add" else rules.SGD(**hyper)
 
 
 def interleave(name, hyper, shapes, dtypes, schedule, clients, seed):

@@ -1,0 +1,113 @@
+"""For tests of the mailbox on one machine: a worker that drives centers whose host does nothing but be there."""
+
+import contextlib
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hvd_agn import Center, rules
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"waited 30 s for {what}"
+        time.sleep(0.005)
+
+
+def state(pid):
+    """Of a process: R, S, T, Z ..., or X if there is none."""
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def native_rule(name, hyper):
+    return rules.Add(**hyper) if name == "add" else rules.SGD(**hyper)
+
+
+@contextlib.contextmanager
+def stderr_to(path):
+    """Also what the native core writes."""
+    with open(path, "w") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class Host:
+    """Rank 1's hold on rank 0, through files: rank 0's main thread is not in MPI while it has nothing to do."""
+
+    def __init__(self, folder, **defaults):
+        self.folder, self.calls, self.centers = Path(folder), 0, []
+        self.defaults = {"transport": "mailbox", **defaults}
+
+    def _post(self, *call):
+        path = self.folder / f"call.{self.calls}"
+        path.with_suffix(".new").write_bytes(pickle.dumps(call))
+        path.with_suffix(".new").rename(path)
+        self.calls += 1
+
+    def center(self, arrays, rule=None, **options):
+        """Made by both ranks, of copies of these arrays at rank 0."""
+        options = {**self.defaults, **options}
+        self._post("center", [a.copy() for a in arrays], rule, options)
+        self.centers.append(Center(arrays, rule, **options))
+        return self.centers[-1]
+
+    def load(self, center, path):
+        self._post("load", self.centers.index(center), path)
+        center.load(path)
+
+    def save(self, center, path):
+        self._post("save", self.centers.index(center), path)
+        done = self.folder / f"done.{self.calls - 1}"
+        wait_until(done.exists, "rank 0 to save")
+
+    def stop(self):
+        self._post("stop")
+
+    def serve(self, how):
+        """Rank 0, until rank 1 has done its work: asleep, or busy in Python all the time."""
+        while True:
+            path = self.folder / f"call.{self.calls}"
+            while not path.exists():
+                if how == "asleep":
+                    time.sleep(0.02)
+                else:
+                    sum(range(20000))
+            what, *rest = pickle.loads(path.read_bytes())
+            if what == "stop":
+                return
+            if what == "center":
+                arrays, rule, options = rest
+                self.centers.append(Center(arrays, rule, **options))
+            else:
+                getattr(self.centers[rest[0]], what)(rest[1])
+            (self.folder / f"done.{self.calls}").touch()
+            self.calls += 1
+
+
+def at_a_worker(folder, drive, *args, how="asleep", **defaults):
+    """On two ranks: rank 1 calls ``drive(host, *args)``, rank 0 hosts."""
+    from mpi4py import MPI
+
+    host = Host(folder, **defaults)
+    if MPI.COMM_WORLD.rank == 0:
+        return host.serve(how)
+    result = drive(host, *args)
+    host.stop()
+    return result
+
+
+def same(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e)

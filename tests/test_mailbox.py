@@ -1,0 +1,782 @@
+"""Exchanges by mailbox between ranks of one machine: conservation, the reference, wires, deadlines, ends, files."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mailboxes import at_a_worker, native_rule, same, state, stderr_to, wait_until
+from ranks import on_ranks
+from reference import ReferenceCenter, ReferenceClient
+
+from hvd_agn import Center, _core, launch, rules
+from hvd_agn.errors import ConfigError, LayoutError, NonFiniteError, NonFiniteWarning, StallError
+
+# In blocks of 1024 bytes: several parts in one block, arrays over several blocks, a short last block, empty arrays.
+SHAPES = [(7, 13), (1000,), (), (0,), (255,), (3, 3, 3), (300,)]
+DTYPES = ["f4", "f8", "f2", "f4", "f8", "f2", "f4"]
+MAILBOX = {"HVD_AGN_TRANSPORT": "mailbox"}
+
+# ---- conservation
+
+
+def add_integers(center, arrays, exchanges, rng):
+    """Every rank pushes random integers at random times; the center is their sum."""
+    comm = center._mpi_comm
+    pushed = [np.zeros(a.shape) for a in arrays]
+    for _ in range(exchanges):
+        k = int(rng.integers(1, 8))
+        for array, total in zip(arrays, pushed, strict=True):
+            delta = rng.integers(-1, 2, array.shape)
+            array += (k * delta).astype(array.dtype)
+            total += delta
+        if rng.random() < 0.2:
+            time.sleep(rng.random() * 0.002)
+        center.exchange(k)
+    comm.Barrier()
+    everyones = [comm.allreduce(total) for total in pushed]
+    same(center.snapshot().values(), everyones)
+    center.pull()
+    same(arrays, everyones)
+
+
+def add_one_with_momentum(center, arrays, exchanges, rng):
+    """A slot that is the sum of all pushes, and a center that is the sum of all slots, in whatever order they came."""
+    comm = center._mpi_comm
+    for _ in range(exchanges):
+        k = int(rng.integers(1, 8))
+        for array in arrays:
+            array += array.dtype.type(k)
+        center.exchange(k)
+    comm.Barrier()
+    n = comm.size * exchanges
+    values, slots, version = center._read()
+    assert version == n
+    for value, slot in zip(values.values(), slots["momentum"].values(), strict=True):
+        np.testing.assert_array_equal(slot, -n)
+        np.testing.assert_array_equal(value, n * (n + 1) // 2)
+
+
+def conserve(exchanges, variants):
+    """Each variant: ranks that host, blocks of a ring, sizes (None: SHAPES), whether with slots."""
+    from mpi4py import MPI
+
+    rng = np.random.default_rng(MPI.COMM_WORLD.rank)
+    for hosts, ring, shapes, slots in variants:
+        os.environ["HVD_AGN_RING_BLOCKS"] = str(ring)
+        shapes = SHAPES if shapes is None else [tuple(s) for s in shapes]
+        arrays = [np.zeros(s, t) for s, t in zip(shapes, DTYPES, strict=False)]
+        rule = rules.SGD(lr=1.0, momentum=1.0) if slots else None
+        with Center(arrays, rule, center_ranks=hosts, transport="mailbox") as center:
+            (add_one_with_momentum if slots else add_integers)(center, arrays, exchanges, rng)
+            assert center.version == MPI.COMM_WORLD.size * exchanges
+            assert center.stats()["exchanges"] == exchanges
+
+
+ONE_BLOCK = [[3], [2]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "exchanges", "variants"),
+    [
+        (2, 30, [([0], 8, None, False), ([1], 1, None, False), ([1, 0], 2, None, False), ([0, 1], 2, None, True)]),
+        (2, 30, [([0], 1, None, True), ([1], 8, None, True), ([0, 1], 8, ONE_BLOCK, False)]),
+        (4, 15, [([0, 2], 2, None, False), ([0, 1, 2, 3], 1, None, True), ([3, 0, 1, 2], 8, ONE_BLOCK, False)]),
+        (16, 3, [([0], 2, None, False), (list(range(16)), 8, None, True), (list(range(16)), 1, ONE_BLOCK, False)]),
+    ],
+)
+def test_nothing_is_lost(ranks, exchanges, variants):
+    on_ranks(ranks, conserve, exchanges, variants)
+
+
+# ---- one at a time, against the reference
+
+RULES = [
+    ("add", {"scale": 0.3}),
+    ("sgd", {"lr": 0.7, "weight_decay": 0.01}),
+    ("sgd", {"lr": 0.5, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
+    ("sgd", {"lr": 0.5, "momentum": 0.9, "nesterov": True}),
+]
+
+
+def interleave(host, name, hyper, dtypes):
+    rng = np.random.default_rng(1)
+    initial = [rng.standard_normal(s).astype(t) for s, t in zip(SHAPES, dtypes, strict=True)]
+    reference = ReferenceCenter(initial, name, **hyper)
+    theirs = [ReferenceClient(reference, [a.dtype for a in initial]) for _ in range(3)]
+    ours = [[a.copy() for a in initial] for _ in range(3)]
+    center = host.center(ours[0], native_rule(name, hyper))
+    clients = [center.arrays_client] + [center.client(arrays) for arrays in ours[1:]]
+    for i in range(8):
+        who, steps = i * 7 % 3, 1 + i % 4
+        for mine, expected in zip(ours[who], theirs[who].arrays, strict=True):
+            update = rng.standard_normal(mine.shape).astype(mine.dtype)
+            mine += update
+            expected += update
+        assert clients[who].exchange(steps)
+        theirs[who].exchange(steps)
+        same(ours[who], theirs[who].arrays)
+        values, slots, version = center._read()
+        same(values.values(), reference.center)
+        assert version == center.version == i + 1
+        if "momentum" in hyper:
+            same(slots["momentum"].values(), reference.slots)
+    stats = [c.stats() for c in clients]
+    assert [s["staleness_max"] for s in stats] == [2, 2, 2]
+    assert all(s["wire_bytes"] > 0 for s in stats)
+
+
+def interleave_all(how, folder):
+    def drive(host):
+        for name, hyper in RULES:
+            for dtypes in (["f4"] * 7, ["f8"] * 7, ["f2"] * 7, DTYPES):
+                interleave(host, name, hyper, dtypes)
+
+    return at_a_worker(folder, drive, how=how)
+
+
+@pytest.mark.parametrize(("how", "ring"), [("asleep", "8"), ("busy", "2")])
+def test_a_host_that_does_nothing_gives_what_the_reference_gives(how, ring, tmp_path):
+    """Asleep, or busy in pure Python: no bit differs."""
+    on_ranks(2, interleave_all, how, str(tmp_path), env={"HVD_AGN_RING_BLOCKS": ring})
+
+
+# ---- wires that round
+
+WIRES = ["bf16", "fp16", "int8"]
+
+
+def rounding(wire, values):
+    """How far one rounding may be off: half a step, of the block's scale with int8. Values of one float64 array."""
+    v = np.abs(values) * (1 + 1e-6)
+    if wire == "bf16":
+        return v * 2.0**-8
+    if wire == "fp16":
+        return v * 2.0**-11 + 2.0**-25
+    blocks = np.split(v, range(128, len(v), 128))
+    return np.concatenate([np.full(len(b), b.max() / 254) for b in blocks])
+
+
+def sums_are_exact(host):
+    """Integers up to 5000, which no wire holds, sum up exactly once what was rounded away has been pushed too."""
+    rng = np.random.default_rng(0)
+    for wire in WIRES:
+        arrays = [np.zeros(700, "f8"), np.zeros((), "f8"), np.zeros(37, "f8")]
+        if wire != "int8":  # whose scale makes fractions of all integers; float64 holds those
+            arrays += [np.zeros(700, "f4"), np.zeros((3, 3), "f4")]
+        center = host.center(arrays, wire_dtype=wire)
+        client, total = center.arrays_client, [np.zeros(a.shape) for a in arrays]
+        for rounds in (1, 6):
+            for _ in range(rounds):
+                k = int(rng.integers(1, 5))
+                for array, sum_ in zip(arrays, total, strict=True):
+                    delta = rng.integers(-5000, 5001, array.shape)
+                    array += (k * delta).astype(array.dtype)
+                    sum_ += delta
+                client.exchange(k)
+                assert client.owes
+            assert any((a != e).any() for a, e in zip(center.snapshot().values(), total, strict=True))
+            client.exchange(1, exact=True)
+            assert not client.owes
+            same(center.snapshot().values(), total)
+
+
+def errors_stay_bounded(host):
+    """The center is off by one rounding of the last delta, and the worker by one of the center's last change."""
+    rng = np.random.default_rng(0)
+    for wire in WIRES:
+        start = 1000 + rng.standard_normal(1000)  # rounding these would be 1000 times worse
+        mine, other = start.astype("f8"), start.astype("f8")
+        center = host.center([mine], wire_dtype=wire)
+        clients = [(center.arrays_client, mine), (center.client([other]), other)]
+        owed = [np.zeros(1000), np.zeros(1000)]
+        for i in range(12):
+            client, array = clients[who := i % 2]
+            before, had = center.snapshot()["array 0"], array.copy()
+            delta = rng.standard_normal(1000) * 10.0 ** rng.integers(-2, 2)
+            array += delta
+            pushed = array - had  # as float64 has it
+            client.exchange(1)
+            after = center.snapshot()["array 0"]
+            to_push = pushed + owed[who]
+            owed[who] = to_push - (after - before)
+            assert (np.abs(owed[who]) <= rounding(wire, to_push) + 1e-12).all()
+            assert (np.abs(array - after) <= rounding(wire, after - had) + 1e-12).all()
+            assert i == 0 or (array != after).any()
+        for client, _ in clients:
+            client.exchange(1, exact=True)
+        final = center.snapshot()["array 0"]
+        np.testing.assert_allclose(sum(owed), final - after, rtol=0, atol=1e-11)
+        for client, _ in clients:  # each brings the worker closer by the same factor
+            for _ in range(8):
+                client.exchange(1)
+        np.testing.assert_array_equal(center.snapshot()["array 0"], final)
+        if wire == "fp16":  # whose smallest step is 2^-24
+            for _, array in clients:
+                np.testing.assert_allclose(array, final, rtol=0, atol=2.0**-25)
+        else:
+            same([array for _, array in clients], [final] * 2)
+
+
+def float32_workers_reach_the_center(host):
+    """As above with float32, whose own steps at 1000 every wire can send."""
+    for wire in WIRES:
+        start = (1000 + np.random.default_rng(1).random(600)).astype("f4")
+        mine, other = start.copy(), start.copy()
+        center = host.center([mine], wire_dtype=wire)
+        client = center.client([other])
+        other += np.linspace(-3, 3, 600, dtype="f4")
+        client.exchange(1, exact=True)
+        center.exchange(1)
+        final = center.snapshot()["array 0"]
+        assert (mine != final).any()
+        for _ in range(8):
+            center.exchange(1)
+        np.testing.assert_array_equal(mine, final)
+        np.testing.assert_array_equal(center.snapshot()["array 0"], final)
+
+
+def small_deltas_arrive_later(host):
+    theta = np.zeros(256, "f8")
+    center = host.center([theta], wire_dtype="int8")
+    for i in range(1, 41):
+        theta[0] += 127  # makes the block's step 1
+        theta[1] += 0.1
+        center.exchange(1)
+        values = center.snapshot()["array 0"]
+        assert abs(values[1] - i * 0.1) <= 0.5001
+        if i == 4:
+            assert values[1] == 0
+    assert values[1] >= 3
+    theta[:] = 0
+    center = host.center([theta], wire_dtype="fp16")
+    for i in range(1, 101):
+        theta += 1e-9  # fp16 begins at 6e-8
+        center.exchange(1)
+        assert (np.abs(center.snapshot()["array 0"] - i * 1e-9) <= 2.0**-25 * 1.001).all()
+    assert (center.snapshot()["array 0"] > 5e-8).all()
+
+
+def what_fp16_cannot_hold_follows(host):
+    theta = np.zeros(300, "f4")
+    center = host.center([theta], wire_dtype="fp16")
+    theta[7] += 1e6
+    theta[8] -= 1e6
+    for i in range(1, 17):
+        center.exchange(1)
+        now = min(i * 65504, 1e6)
+        expected = np.zeros(300)
+        expected[7:9] = now, -now
+        np.testing.assert_array_equal(center.snapshot()["array 0"], expected)
+        np.testing.assert_array_equal(theta, expected)
+    theta[7] += 1e6
+    center.exchange(1, exact=True)
+    assert center.snapshot()["array 0"][7] == 2e6
+    assert theta[7] == 1e6 + 65504  # answers are rounded all the same
+    for _ in range(16):
+        center.exchange(1)
+    assert theta[7] == 2e6
+
+
+def another_anchor_or_center(host):
+    """What host and worker have agreed on is forgotten with an anchor of the worker's, and with a loaded center."""
+    path = str(host.folder / "center.safetensors")
+    for wire in WIRES:
+        theta = np.full(600, 3.0, "f4")
+        center = host.center([theta], wire_dtype=wire)
+        host.save(center, path)
+        theta += np.linspace(1, 2, 600, dtype="f4")
+        center.exchange(1)
+        client = center.arrays_client
+        center.exchange(1, exact=True)
+        values = center.snapshot()["array 0"]
+        client.write_anchor(0, np.full(600, 100.0, "f4"))
+        theta[:] = 100 + 2
+        client.exchange(1, exact=True)
+        np.testing.assert_array_equal(center.snapshot()["array 0"], values + 2)
+        np.testing.assert_array_equal(theta, values + 2)  # whole, not as a difference to what the host knows
+        theta += 0.3
+        client.exchange(1)
+        assert client.owes
+        host.load(center, path)
+        assert not client.owes
+        np.testing.assert_array_equal(theta, 3)
+        for _ in range(3):
+            client.exchange(1)
+        np.testing.assert_array_equal(center.snapshot()["array 0"], 3)  # nothing old is owed to the loaded center
+        theta += 4
+        client.exchange(1)
+        np.testing.assert_allclose(theta, 7, rtol=1e-6)
+        np.testing.assert_allclose(center.snapshot()["array 0"], 7, rtol=1e-6)
+
+
+def clients_of_two_types(host):
+    """Halves come as they are, floats as differences; both workers of one process push."""
+    for wire in WIRES:
+        single, half = [np.zeros(600, "f4"), np.zeros(5, "f8")], [np.zeros(600, "f2"), np.zeros(5, "f8")]
+        center = host.center(single, wire_dtype=wire)
+        client = center.client(half)
+        for _ in range(20):
+            for arrays, who in ((single, center.arrays_client), (half, client)):
+                for array in arrays:
+                    array += 1
+                who.exchange(1)
+        client.exchange(1, exact=True)
+        center.exchange(1, exact=True)
+        for value in center.snapshot().values():
+            np.testing.assert_allclose(value, 40, rtol=1e-6)
+        client.exchange(1)
+        np.testing.assert_array_equal(half[0], 40)
+        for _ in range(4):
+            center.exchange(1)
+        same(single, center.snapshot().values())
+
+
+def check_wires(folder, names):
+    def drive(host):
+        for name in names:
+            globals()[name](host)
+            print(f"{name}: passed")  # the output is shown when a later one fails
+
+    return at_a_worker(folder, drive)
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        ["sums_are_exact", "small_deltas_arrive_later"],
+        ["errors_stay_bounded", "float32_workers_reach_the_center"],
+        ["what_fp16_cannot_hold_follows", "another_anchor_or_center", "clients_of_two_types"],
+    ],
+    ids=lambda checks: checks[0],
+)
+def test_wires(checks, tmp_path):
+    on_ranks(2, check_wires, str(tmp_path), checks)
+
+
+def hammer_through_wires(exchanges):
+    """Many ranks, several shards, every wire: the sum is exact in the end."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    rng = np.random.default_rng(comm.rank)
+    for wire in WIRES:
+        shapes = [(7, 13), (300,), (), (255,)]
+        arrays = [np.zeros(s, "f8") for s in shapes]
+        center = Center(arrays, transport="mailbox", wire_dtype=wire, center_ranks=(0, 2))
+        pushed = [np.zeros(s) for s in shapes]
+        for _ in range(exchanges):
+            for array, total in zip(arrays, pushed, strict=True):
+                delta = rng.integers(-5000, 5001, array.shape)
+                array += delta
+                total += delta
+            center.exchange(1)
+        center.exchange(1, exact=True)
+        comm.Barrier()
+        # Every rank's deltas are what its arrays were off its anchor: rounding of the answers is no part of them.
+        everyones = [comm.allreduce(total) for total in pushed]
+        for value, expected in zip(center.snapshot().values(), everyones, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6)
+        center.close()
+
+
+def test_wires_on_many_ranks():
+    on_ranks(4, hammer_through_wires, 20)
+
+
+# ---- refused
+
+
+def refusals(host):
+    # The rule overflows at the host, on one block of two.
+    for wire in (None, "bf16"):
+        theta = np.ones(512, "f4")
+        center = host.center([theta], rules.Add(scale=1e38), wire_dtype=wire)
+        theta[0] += 100
+        theta[300] += 2.0**-9
+        assert center.exchange(1)
+        values = center.snapshot()["array 0"]
+        np.testing.assert_array_equal(values[:256], 1)
+        assert values[300] > 1e34
+        np.testing.assert_allclose(theta, values, rtol=2.0**-8 if wire else 0)
+        assert center.stats()["blocks_refused"] == 1
+        assert center.stats()["exchanges"] == 1
+        assert center.version == 0
+    # NaN at the worker: nothing is sent.
+    for how, wire in (("skip", None), ("raise", None), ("skip", "int8"), ("raise", "fp16")):
+        theta = [np.zeros(600, "f4"), np.zeros(300, "f4")]
+        center = host.center(theta, on_nonfinite=how, wire_dtype=wire)
+        theta[0] += 1
+        theta[1][299] = np.nan
+        sent = center.stats()["wire_bytes"]
+        if how == "raise":
+            with pytest.raises(NonFiniteError, match=r"\[rank 1\] Center: the update of 'array 1' has a NaN"):
+                center.exchange(1)
+            assert center.stats()["wire_bytes"] == sent
+            np.testing.assert_array_equal(theta[0], 1)
+            center.pull()
+        else:
+            with pytest.warns(
+                NonFiniteWarning, match=r"\[rank 1\] Center: the update of 'array 1' has a NaN.*1 so far"
+            ):
+                assert not center.exchange(1)
+        same(theta, [0, 0])
+        same(center.snapshot().values(), [0, 0])
+        assert center.version == 0
+        assert center.stats()["pushes_refused"] == 1
+        theta[0] += 1
+        assert center.exchange(1)
+        np.testing.assert_allclose(center.snapshot()["array 0"], 1, rtol=1e-6)
+        assert center.version == 1
+
+
+def refuse(folder):
+    return at_a_worker(folder, refusals)
+
+
+def test_what_is_not_finite_is_refused(tmp_path):
+    on_ranks(2, refuse, str(tmp_path))
+
+
+# ---- deadlines
+
+BLOCKS = 12
+WARNING = (
+    r"\[rank {}\] hvd_agn: waits for rank {} to answer block \d+; that rank is stopped or starved \(\d+ s so far\)"
+)
+
+
+def limits(rank):
+    """Only this rank gives up; the others may wait for it however long it takes."""
+    from mpi4py import MPI
+
+    os.environ["HVD_AGN_STALL_SECONDS"] = "0.3"
+    os.environ["HVD_AGN_STALL_ABORT_SECONDS"] = "1" if MPI.COMM_WORLD.rank == rank else "0"
+
+
+def stop_the_host(folder, wire, where):
+    """The host is stopped, between requests or with a block half written; the worker warns, gives up, and goes on."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    limits(1)
+    dtype, size = ("f8", 64) if wire else ("f4", 128)  # two arrays in a block
+    arrays = [np.zeros(size, dtype) for _ in range(2 * BLOCKS)]
+    center = Center(arrays, transport="mailbox", wire_dtype=wire)
+    pids = comm.allgather(os.getpid())
+    if comm.rank == 0:
+        if where == "in a block":
+            _core.signal_at(_core.Stage.half_written, 3, signal.SIGSTOP)
+        comm.Barrier()
+        return None
+    comm.Barrier()
+    if where == "between requests":
+        os.kill(pids[0], signal.SIGSTOP)
+        wait_until(lambda: state(pids[0]) == "T", "rank 0 to stop")
+    for array in arrays:
+        array += np.linspace(1, 1000, array.size).round()
+    log = os.path.join(folder, "stderr")
+    with stderr_to(log), pytest.raises(StallError, match=WARNING.format(1, 0) + "; given up: HVD_AGN_STALL_ABORT_.*=1"):
+        center.exchange(1)
+    told = Path(log).read_text()
+    warned = [line for line in told.splitlines() if "waits for rank 0 to answer block" in line]
+    assert len(warned) in (1, 2, 3), told  # after 0.3, 0.6, 0.9 s, less those that a starved worker comes late for
+    assert state(pids[0]) == "T"
+    for array in arrays:
+        array += 2
+    with pytest.raises(StallError):  # also when the ring is full of what was given up on
+        center.exchange(1)
+    os.kill(pids[0], signal.SIGCONT)
+    for array in arrays:
+        array += 4
+    center.exchange(1)
+    center.exchange(1, exact=True)
+    expected = np.linspace(1, 1000, size).round() + 6
+    for value in center.snapshot().values():
+        np.testing.assert_array_equal(value, expected)
+    for _ in range(8 if wire else 0):
+        center.exchange(1)
+    same(arrays, [expected] * len(arrays))
+    return "nothing lost, nothing twice"
+
+
+@pytest.mark.parametrize(
+    ("wire", "where", "ring"),
+    [
+        (None, "in a block", 8),
+        (None, "between requests", 2),
+        ("int8", "in a block", 1),
+        ("bf16", "between requests", 8),
+    ],
+)
+def test_a_stopped_host_is_named_and_given_up_on(wire, where, ring, tmp_path):
+    env = {"HVD_AGN_RING_BLOCKS": str(ring)}
+    results = on_ranks(2, stop_the_host, str(tmp_path), wire, where, env=env)
+    assert results == [None, "nothing lost, nothing twice"]
+
+
+def stop_a_worker(folder, hosts):
+    """Rank 2 is stopped in the middle of its exchanges. Ranks that need it name it; others do not notice."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    limits(1)
+    arrays = [np.zeros(200, "f4") for _ in range(20)]
+    center = Center(arrays, transport="mailbox", center_ranks=hosts)
+    pids = comm.allgather(os.getpid())
+    pushed = 0
+    end, stopped = os.path.join(folder, "end"), os.path.join(folder, "stopped")
+
+    def push():
+        nonlocal pushed
+        for array in arrays:
+            array += 1
+        pushed += 1
+        return center.exchange(1)
+
+    log = os.path.join(folder, f"stderr.{comm.rank}")
+    with stderr_to(log):
+        while comm.rank == 2 and not os.path.exists(end):
+            push()
+        if comm.rank == 0:
+            wait_until(lambda: os.path.exists(stopped), "rank 2 to be stopped")
+            for _ in range(20):
+                push()  # with hosts=[0, 2] ends when rank 2 goes on
+        if comm.rank == 1:
+            for _ in range(20):
+                push()
+            os.kill(pids[2], signal.SIGSTOP)
+            wait_until(lambda: state(pids[2]) == "T", "rank 2 to stop")
+            open(stopped, "w").close()
+            if 2 in hosts:
+                with pytest.raises(StallError, match=WARNING.format(1, 2)):
+                    push()
+            else:
+                for _ in range(20):
+                    push()
+            time.sleep(0.5)
+            os.kill(pids[2], signal.SIGCONT)
+            push()
+            open(end, "w").close()
+    comm.Barrier()
+    for value in center.snapshot().values():
+        np.testing.assert_array_equal(value, comm.allreduce(pushed))
+    return Path(log).read_text()
+
+
+@pytest.mark.parametrize("hosts", [[0], [0, 2]])
+def test_a_stopped_worker_holds_up_those_that_need_it_and_no_others(hosts, tmp_path):
+    rank0, rank1, _ = on_ranks(3, stop_a_worker, str(tmp_path), hosts)
+    if hosts == [0]:
+        assert "rank 2" not in rank0 + rank1
+    else:
+        assert "[rank 0] hvd_agn: waits for rank 2 to answer block" in rank0
+        assert "[rank 1] hvd_agn: waits for rank 2 to answer block" in rank1
+
+
+# ---- threads, and ends
+
+
+def mailbox_threads():
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")].count("hvd_agn mailbox")
+
+
+def idle_and_end_early(folder, hosts):
+    """Threads that there are; a core's share that an idle rank takes; hosts that close at once and serve on."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    counts = []
+    for transport in ("auto", "direct"):
+        with Center([np.zeros(9, "f4")], transport=transport):
+            counts.append(mailbox_threads())
+    alone = Center([np.zeros(9, "f4")], comm=MPI.COMM_SELF, transport="mailbox")
+    counts.append(mailbox_threads())
+    assert counts == [0, 0, 0]
+    alone.close()
+
+    theta = np.zeros(5000, "f4")
+    center = Center([theta], transport="mailbox", center_ranks=hosts)
+    assert mailbox_threads() == 1
+    for _ in range(5):
+        theta += 1
+        center.exchange(1)
+    flag = os.path.join(folder, "measured")
+    if comm.rank == hosts[0]:
+        usage, wall = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+        time.sleep(3)
+        now, wall = resource.getrusage(resource.RUSAGE_SELF), time.monotonic() - wall
+        open(flag, "w").close()
+        idle = (now.ru_utime + now.ru_stime - usage.ru_utime - usage.ru_stime) / wall
+    else:
+        wait_until(lambda: os.path.exists(flag), "rank 0 to measure")
+        idle = None
+    if comm.rank in hosts:
+        center.close()
+        return idle
+    for _ in range(50):
+        theta += 1
+        center.exchange(1)
+        time.sleep(0.001)
+    others = comm.size - len(hosts)
+    expected = 5 * comm.size + 50 * others
+    wait_until(lambda: center.version == expected, "the others")
+    np.testing.assert_array_equal(center.snapshot()["array 0"], expected)
+    return None
+
+
+@pytest.mark.parametrize("hosts", [[0], [0, 1]])
+def test_hosts_that_idle_or_end_early(hosts, tmp_path, record_property):
+    """Those that idle take little; those that end early serve on, and end with the others, in good order."""
+    idle = on_ranks(4, idle_and_end_early, str(tmp_path), hosts)[0]
+    record_property("share of a core of an idle host", idle)
+    print(f"an idle host takes {100 * idle:.2f} % of a core")
+    assert idle < 0.1
+
+
+FAILS_AT_ONCE = """
+import numpy
+from mpi4py import MPI
+from hvd_agn import Center
+theta = numpy.zeros(1000, numpy.float32)
+center = Center([theta], transport="mailbox")
+if center.rank == 0:
+    theta += 1000
+    center.exchange(1)
+    1 / 0
+for _ in range(50):
+    theta += 1
+    center.exchange(1)
+while center.version < 1 + 50 * (center.size - 1):
+    pass
+print("all there:", (center.snapshot()["array 0"] == 1000 + 50 * (center.size - 1)).all())
+"""
+
+
+def test_a_host_that_fails_serves_the_others_to_the_end():
+    done = launch.run_ranks(3, [sys.executable, "-c", FAILS_AT_ONCE], timeout=60)
+    assert done.stdout.count("all there: True") == 2, done.stdout + done.stderr
+    assert "[rank 0] hvd_agn: this rank ends with ZeroDivisionError. What it pushed stays" in done.stderr
+    assert done.returncode != 0
+
+
+# ---- files, and bad input
+
+RULE = rules.SGD(lr=0.5, momentum=0.9, dampening=0.1)
+PLACES = [
+    ("direct", [0]),
+    ("mailbox", [0]),
+    ("mailbox", [0, 1]),
+    ("direct", "nodes"),
+    ("mailbox", [2, 0, 1]),
+    ("auto", [1]),
+]
+
+
+def move_about(folder):
+    """A run that is saved, and goes on in another place each time, equals the one that never was."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    rng = np.random.default_rng(0)
+    initial = [rng.standard_normal(s).astype(t) for s, t in zip(SHAPES, DTYPES, strict=True)]
+    hyper = {"lr": RULE.lr, "momentum": RULE.momentum, "dampening": RULE.dampening}
+    reference = ReferenceCenter(initial, "sgd", **hyper)
+    path = os.path.join(folder, "center.safetensors")
+    for i, (transport, hosts) in enumerate(PLACES):
+        arrays = [a.copy() if i == 0 else np.ones_like(a) for a in initial]
+        with Center(arrays, RULE, transport=transport, center_ranks=hosts) as center:
+            if i > 0:
+                center.load(path)
+            worker = ReferenceClient(reference, [a.dtype for a in initial])
+            same(arrays, worker.arrays)
+            comm.Barrier()  # load() ends on each rank when its own pull does
+            for _ in range(3):
+                for array, expected in zip(arrays, worker.arrays, strict=True):
+                    update = rng.standard_normal(array.shape).astype(array.dtype)
+                    expected += update
+                    if comm.rank == 1:
+                        array += update
+                if comm.rank == 1:
+                    center.exchange(2)
+                worker.exchange(2)
+            comm.Barrier()
+            values, slots, version = center._read()
+            same(values.values(), reference.center)
+            same(slots["momentum"].values(), reference.slots)
+            assert version == 3 * (i + 1)
+            center.save(path)
+
+
+def test_a_saved_center_goes_on_elsewhere(tmp_path):
+    on_ranks(3, move_about, str(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [(1,), (-1,), (0, 0), "node", "", (), (True,), (0.0,), 0, None])
+def test_bad_center_ranks(ranks):
+    with pytest.raises(ConfigError, match=r"center_ranks=.*: give 'nodes', or different ranks from 0 to 0") as caught:
+        Center([np.zeros(3, "f4")], center_ranks=ranks)
+    assert f"center_ranks={ranks!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "choices"),
+    [("transport", "shm", "auto, direct, mailbox"), ("wire_dtype", "fp8", "None, bf16, fp16, int8")],
+)
+def test_bad_choices(argument, value, choices):
+    with pytest.raises(ConfigError, match=f"{argument}={value!r}: give one of {choices}"):
+        Center([np.zeros(3, "f4")], **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HVD_AGN_TRANSPORT", "shm", "give one of auto, direct, mailbox"),
+        ("HVD_AGN_RING_BLOCKS", "0", "give a whole number of blocks, from 1 to 4096"),
+        ("HVD_AGN_RING_BLOCKS", "4097", "give a whole number of blocks, from 1 to 4096"),
+        ("HVD_AGN_RING_BLOCKS", "many", "give a whole number of blocks, from 1 to 4096"),
+    ],
+)
+def test_bad_variables(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises((ConfigError, LayoutError), match=f"{name}={value!r}: {message}"):
+        Center([np.zeros(3, "f4")])
+
+
+DIFFERENT = {
+    "hosts": ({"center_ranks": [1]}, '["center_ranks", [1]] here, ["center_ranks", [0]] on rank 0.'),
+    "sharding": ({"center_ranks": [0, 2]}, '["center_ranks", [0, 2]] here, ["center_ranks", [0]] on rank 0.'),
+    "transport": ({"transport": "direct"}, '["transport (HVD_AGN_TRANSPORT)", "direct"] here, ["transport (HVD_AGN_'),
+    "ring": ({}, '["blocks of a ring (HVD_AGN_RING_BLOCKS)", 3] here'),
+}
+
+
+def differ():
+    from mpi4py import MPI
+
+    told = {}
+    for name, (options, _) in DIFFERENT.items():
+        odd = MPI.COMM_WORLD.rank == 1
+        os.environ["HVD_AGN_RING_BLOCKS"] = "3" if odd and name == "ring" else "8"
+        with pytest.raises(LayoutError) as caught:
+            Center([np.zeros(3, "f4")], **{"transport": "mailbox", **(options if odd else {})})
+        told[name] = str(caught.value)
+    os.environ["HVD_AGN_RING_BLOCKS"] = "8"
+    with pytest.raises(ConfigError) as caught:
+        Center([np.zeros(3, "f4")], center_ranks=[7 if odd else 0])
+    told["one bad"] = str(caught.value)
+    theta = np.zeros(3, "f4")
+    with Center([theta], transport="mailbox") as center:  # all ranks are still in step
+        center.exchange(1)
+    return told
+
+
+def test_ranks_that_differ():
+    for told in on_ranks(3, differ):
+        for name, (_, message) in DIFFERENT.items():
+            assert f"[rank 1] Center: {message}" in told[name]
+        assert "[rank 1] Center: center_ranks=[7]: give 'nodes', or different ranks from 0 to 2" in told["one bad"]
