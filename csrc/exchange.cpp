@@ -169,6 +169,7 @@ std::size_t Client::exchange_all(double steps, bool exact) {
   next_range_ = Range::normal;
   Mailbox* mailbox = center_->mailbox();
   Push push(*this, steps, exact);
+  if (residual_ && !exact) owes_ = true;  // also when it fails half-way
   try {
     if (mailbox) mailbox->begin(push);
     for (const auto& shard : center_->shards()) exchange_shard(*shard, steps);
@@ -179,7 +180,7 @@ std::size_t Client::exchange_all(double steps, bool exact) {
   }
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   anchor_range_ = next_range_;
-  owes_ = residual_ && !exact;
+  if (exact) owes_ = false;
   ++stats_.exchanges;
   stats_.bytes += 2 * push_bytes_;
   return kAccepted;

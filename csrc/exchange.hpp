@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <future>
 #include <memory>
@@ -139,8 +140,8 @@ class Client {
   // Of blocks on other nodes, with a wire that rounds.
   std::unique_ptr<std::byte[]> residual_;  // what was rounded away, as images of blocks
   std::size_t residual_bytes_ = 0;
-  std::vector<std::byte> rounded_;  // one block, on its way to the wire
-  bool owes_ = false;
+  std::vector<std::byte> rounded_;   // one block, on its way to the wire
+  std::atomic<bool> owes_{false};    // set in the background too
   std::vector<std::uint8_t> whole_;  // the host cannot send this block as a difference
 
   mutable std::mutex counts_mutex_;     // of all below: this thread's and the mailbox's
