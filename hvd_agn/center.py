@@ -354,10 +354,15 @@ class Center:
         Raises:
             CheckpointError: on every rank; the file is missing, damaged, or of other arrays or a rule with other
                 slots.
+            UsageError: an exchange is under way in the background.
         """
         native = self._open()
         if self._owner is not None:
             self._owner.before_load()
+        if any(client.started for client in self._clients):
+            raise UsageError(
+                f"{self.label}: Center.load() while an exchange is under way in the background: call finish() first."
+            )
         self._comm.barrier("waits for all ranks to call Center.load")
         error: CheckpointError | None = None
         if self._comm.rank == 0:
