@@ -486,6 +486,7 @@ def stop_the_host(folder, wire, where):
     warned = [line for line in told.splitlines() if "waits for rank 0 to answer block" in line]
     assert len(warned) in (1, 2, 3), told  # after 0.3, 0.6, 0.9 s, less those that a starved worker comes late for
     assert state(pids[0]) == "T"
+    assert center.arrays_client.owes == bool(wire)
     for array in arrays:
         array += 2
     with pytest.raises(StallError):  # also when the ring is full of what was given up on
