@@ -365,7 +365,8 @@ class AGNOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, with this worker's counters and anchor under ``"hvd_agn"``. Not collective.
 
-        The center is saved by ``opt.center.save(path)``.
+        The center is saved by ``opt.center.save(path)``. With ``overlap`` this ends the exchange under way, which
+        changes the parameters: call it, or :meth:`flush`, before the model is copied or the center saved.
         """
         self.check_open("state_dict()")
         self._land()
