@@ -74,7 +74,9 @@ def _thread_level() -> Line:
     level = _core.mpi_thread_level()
     if level == "multiple":
         return Line("thread level", level)
-    return Line("thread level", level or "MPI did not start", PROBLEM, "leave mpi4py.rc.thread_level at 'multiple'")
+    if not level:
+        return Line("thread level", "MPI did not start", PROBLEM, "mend mpi4py first")
+    return Line("thread level", level, PROBLEM, "leave mpi4py.rc.thread_level at 'multiple'")
 
 
 def _launcher() -> Line:

@@ -10,6 +10,8 @@ from . import _core
 from .config import RANK_COUNT_VARIABLES
 from .errors import LaunchError
 
+# Built, and not from pip's cache: the wheel takes the first libmpi that it finds, the cache may be of another MPI.
+HOW_TO_BUILD_MPI4PY = "`pip install --force-reinstall --no-deps --no-cache-dir --no-binary=mpi4py mpi4py`"
 HOW_TO_LAUNCH = "Launch with `mpirun -np N python script.py` or `horovodrun -np N python script.py`, using the mpirun"
 
 
@@ -45,8 +47,8 @@ def initialize() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"mpi4py cannot load an MPI library ({error}); the native core uses {library}. Install mpi4py for that "
-            "MPI: `pip install --force-reinstall mpi4py`."
+            f"mpi4py cannot load an MPI library ({error}); the native core uses {library}. Build mpi4py for that "
+            f"MPI, with its mpicc first on PATH: {HOW_TO_BUILD_MPI4PY}."
         ) from error
     _check_same_library(MPI, library)
     if MPI.Is_finalized():
@@ -69,8 +71,9 @@ def _check_same_library(MPI: ModuleType, library: str) -> None:
         return
     raise LaunchError(
         f"two MPI libraries in one process: mpi4py uses {theirs} ({_first_line(MPI.Get_library_version())}), hvd_agn "
-        f"was built with {library} ({_first_line(_core.mpi_library_version())}). Reinstall the one that is wrong, with "
-        "the MPI you launch with first on PATH: `pip install --force-reinstall --no-deps mpi4py` or hvd-agn."
+        f"was built with {library} ({_first_line(_core.mpi_library_version())}). Build the one that is wrong again, "
+        f"with the MPI you launch with first on PATH: mpi4py with {HOW_TO_BUILD_MPI4PY}, or hvd_agn with "
+        "`pip install .`."
     )
 
 
