@@ -10,12 +10,10 @@ BIN := $(CURDIR)/$(VENV)/bin
 RUN := PATH="$(BIN):$$PATH"
 PIP := $(RUN) PIP_CONSTRAINT=$(CURDIR)/constraints.txt python -m pip --quiet --disable-pip-version-check
 
-# Running as root, and more ranks than cores, without further flags. Open MPI 4, Open MPI 5.
+# Running as root, and more ranks than cores (Open MPI 4, Open MPI 5), without further flags.
 export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export OMPI_MCA_rmaps_base_oversubscribe = 1
-export PRTE_ALLOW_RUN_AS_ROOT = 1
-export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 # One thread per rank: the ranks are the parallelism.
 export OMP_NUM_THREADS = 1

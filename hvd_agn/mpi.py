@@ -12,6 +12,7 @@ from .errors import LaunchError
 
 # Built, and not from pip's cache: the wheel takes the first libmpi that it finds, the cache may be of another MPI.
 HOW_TO_BUILD_MPI4PY = "`pip install --force-reinstall --no-deps --no-cache-dir --no-binary=mpi4py mpi4py`"
+INFINIBAND = Path("/sys/class/infiniband")
 HOW_TO_LAUNCH = "Launch with `mpirun -np N python script.py` or `horovodrun -np N python script.py`, using the mpirun"
 
 
@@ -24,15 +25,19 @@ def prepare() -> None:
     """Set, unless the user has, what Open MPI reads at start-up: for whoever starts MPI after ``import hvd_agn``.
 
     Its place, if it came in a wheel and there is no mpirun to tell it; and yielding instead of busy polling where the
-    launcher put more ranks on this node than it has cores.
+    launcher put more ranks on this node than it has cores. And no windows by UCX where no network is of its kind: Open
+    MPI 5 does not use it there either, but each rank prints an error, "component priority set inside component query".
     """
-    if "Open MPI" not in _core.mpi_library_version():
+    version = _core.mpi_library_version()
+    if "Open MPI" not in version:
         return
     prefix = Path(core_library()).parent.parent
     if prefix == Path(sys.prefix):
         os.environ.setdefault("OPAL_PREFIX", str(prefix))
     if int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > (os.cpu_count() or 1):
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    if version.startswith("Open MPI v5") and not list(INFINIBAND.glob("*")):
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
 
 
 def initialize() -> ModuleType:

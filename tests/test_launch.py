@@ -41,6 +41,35 @@ def test_a_launcher_that_mpi_does_not_know(monkeypatch, name):
         Center([np.zeros(3, np.float32)])
 
 
+@pytest.mark.parametrize(
+    ("version", "devices", "chosen", "expected"),
+    [
+        ("Open MPI v5.0.11, package", [], None, "^ucx"),
+        ("Open MPI v5.0.11, package", ["mlx5_0"], None, None),
+        ("Open MPI v5.0.11, package", [], "ucx", "ucx"),
+        ("Open MPI v4.1.8, package", [], None, None),
+        ("MPICH Version: 5.0.2", [], None, None),
+    ],
+)
+def test_windows_by_ucx_are_off_with_open_mpi_5_without_its_network(
+    monkeypatch, tmp_path, version, devices, chosen, expected
+):
+    for device in devices:
+        (tmp_path / device).mkdir()
+    monkeypatch.setattr(_core, "mpi_library_version", lambda: version)
+    monkeypatch.setattr(mpi, "INFINIBAND", tmp_path)
+    monkeypatch.setenv("OMPI_MCA_osc", chosen or "")
+    if not chosen:
+        monkeypatch.delenv("OMPI_MCA_osc")
+    mpi.prepare()
+    assert os.environ.get("OMPI_MCA_osc") == expected  # noqa: SIM112 (its real name)
+
+
+def test_starting_prints_nothing():
+    done = launch.run_ranks(2, [sys.executable, "-c", CREATE], timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_low_thread_level():
     text = python(CREATE, MPI4PY_RC_THREAD_LEVEL="serialized")
     assert "LaunchError: MPI runs at thread level 'serialized', hvd_agn needs 'multiple'" in text
