@@ -54,9 +54,9 @@ clean:
 
 environment: $(VENV)/.installed
 
-# The MPI comes first: the core is built against it. All else is declared in pyproject.toml. The
-# wheel of mpi4py does not find every MPI, Debian's MPICH for one: then mpi4py is built, which takes minutes, and not
-# taken from pip's cache, which may be of another MPI.
+# The MPI comes first: the core is built against it. All else is declared in pyproject.toml. The wheel of mpi4py does
+# not find every MPI, Debian's MPICH for one: then mpi4py is built, which takes minutes, and not taken from pip's cache,
+# which may be of another MPI.
 $(VENV)/.installed: constraints.txt pyproject.toml CMakeLists.txt Makefile $(wildcard csrc/*)
 	@command -v tc > /dev/null || sh -c '$(IPROUTE2)' > /dev/null 2>&1 || echo "no iproute2: multihost tests will skip"
 	$(PYTHON) -m venv $(VENV)
