@@ -9,7 +9,7 @@ import pytest
 from ranks import on_ranks
 
 from hvd_agn import Center, _core, mpi, rules
-from hvd_agn.errors import ConfigError, LaunchError, LayoutError, SharedMemoryError, UsageError
+from hvd_agn.errors import ConfigError, LayoutError, SharedMemoryError, UsageError
 
 
 def readonly():
@@ -229,28 +229,3 @@ def fail(*_):
 def test_rank_0_fails_alone(where, message):
     for text in on_ranks(2, fail_on_rank_0, where, timeout=30):
         assert re.search(rf"\[rank 0\] Center: {message}", text)
-
-
-class TwoNodes:
-    """A communicator of which one rank is said to be elsewhere."""
-
-    def __init__(self, comm):
-        self._comm = comm
-        self.node_size = comm.size - 1
-
-    def __getattr__(self, name):
-        return getattr(self._comm, name)
-
-
-def on_two_nodes():
-    make = _core.Comm
-    _core.Comm = lambda *args: TwoNodes(make(*args))
-    with pytest.raises(LaunchError) as caught:
-        Center([np.zeros(100, np.float32)])
-    return str(caught.value)
-
-
-def test_ranks_on_another_node():
-    for rank, text in enumerate(on_ranks(2, on_two_nodes)):
-        assert f"[rank {rank}] Center: 1 of 2 ranks are on another node than this one" in text
-        assert "run on one node" in text

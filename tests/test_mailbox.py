@@ -61,7 +61,7 @@ def add_one_with_momentum(center, arrays, exchanges, rng):
         np.testing.assert_array_equal(value, n * (n + 1) // 2)
 
 
-def conserve(exchanges, variants):
+def conserve(exchanges, variants, transport="mailbox"):
     """Each variant: ranks that host, blocks of a ring, sizes (None: SHAPES), whether with slots."""
     from mpi4py import MPI
 
@@ -71,7 +71,7 @@ def conserve(exchanges, variants):
         shapes = SHAPES if shapes is None else [tuple(s) for s in shapes]
         arrays = [np.zeros(s, t) for s, t in zip(shapes, DTYPES, strict=False)]
         rule = rules.SGD(lr=1.0, momentum=1.0) if slots else None
-        with Center(arrays, rule, center_ranks=hosts, transport="mailbox") as center:
+        with Center(arrays, rule, center_ranks=hosts, transport=transport) as center:
             (add_one_with_momentum if slots else add_integers)(center, arrays, exchanges, rng)
             assert center.version == MPI.COMM_WORLD.size * exchanges
             assert center.stats()["exchanges"] == exchanges

@@ -1,0 +1,113 @@
+"""What tests/test_mailbox.py and test_overlap.py check on one machine, between hosts, and jobs that use both paths."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from mailboxes import state, wait_until
+from ranks import on_ranks
+from test_mailbox import ONE_BLOCK, check_wires, conserve, interleave_all, limits, move_about, refuse
+from test_overlap import DOUBLES, DTYPES, overlap_and_count
+
+from hvd_agn import Center, _core
+from hvd_agn.errors import LaunchError, MPIError, StallError
+
+
+@pytest.mark.parametrize(
+    ("ranks", "exchanges", "variants"),
+    [
+        (2, 30, [([0], 8, None, False), ([1], 1, None, False), ([0, 1], 2, None, True)]),
+        (
+            4,
+            20,
+            [([0], 8, None, False), ([0, 2], 2, None, False), ([3, 0], 8, None, True), ("nodes", 8, ONE_BLOCK, False)],
+        ),
+    ],
+)
+def test_nothing_is_lost(hosts, rma, ranks, exchanges, variants):
+    """Four ranks: two share memory with a host, two do not."""
+    on_ranks(ranks, conserve, exchanges, variants, "auto", hosts=hosts)
+
+
+@pytest.mark.parametrize("how", ["asleep", "busy"])
+def test_a_host_that_does_nothing_gives_what_the_reference_gives(hosts, rma, how, tmp_path):
+    on_ranks(2, interleave_all, how, str(tmp_path), hosts=hosts)
+
+
+def test_wires(hosts, rma, tmp_path):
+    checks = ["sums_are_exact", "small_deltas_arrive_later", "errors_stay_bounded", "another_anchor_or_center"]
+    on_ranks(2, check_wires, str(tmp_path), checks, hosts=hosts)
+
+
+def test_what_is_not_finite_is_refused(hosts, rma, tmp_path):
+    on_ranks(2, refuse, str(tmp_path), hosts=hosts)
+
+
+def test_a_saved_center_goes_on_elsewhere(hosts, rma, tmp_path):
+    on_ranks(3, move_about, str(tmp_path), hosts=hosts)
+
+
+def test_overlap(hosts, rma):
+    variants = [
+        ("auto", [0], None, DTYPES),
+        ("auto", [0, 2], None, DTYPES),
+        ("auto", [3], "int8", DOUBLES),
+        ("auto", [0, 3], "bf16", DOUBLES),
+    ]
+    on_ranks(4, overlap_and_count, 20, variants, hosts=hosts)
+
+
+def stop_the_host():
+    """The host is stopped: puts to it do not end. The worker is told where it waits, gives up, and loses nothing."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    limits(1)
+    theta = np.zeros(100_000, np.float32)
+    center = Center([theta])
+    pids = comm.allgather(os.getpid())
+    done = comm.rank == 0
+    if comm.rank == 1:
+        os.kill(pids[0], signal.SIGSTOP)
+        wait_until(lambda: state(pids[0]) == "T", "rank 0 to stop")
+        theta += 1
+        with pytest.raises(
+            StallError, match=r"\[rank 1\] hvd_agn: waits .* rank 0.*given up: HVD_AGN_STALL_ABORT"
+        ) as caught:
+            center.exchange(1)
+        assert "block" in str(caught.value)
+        os.kill(pids[0], signal.SIGCONT)
+        deadline = time.monotonic() + 30
+        while not done and time.monotonic() < deadline:  # it may need more than a second to come back
+            try:
+                center.exchange(1)
+                done = True
+            except StallError:
+                pass
+    comm.Barrier()
+    assert done
+    np.testing.assert_array_equal(center.snapshot()["array 0"], 1)
+
+
+def test_a_stopped_host_is_named_and_given_up_on(hosts, rma):
+    on_ranks(2, stop_the_host, hosts=hosts)
+
+
+def refuse_to_cross(transport, error):
+    with pytest.raises({"MPIError": MPIError, "LaunchError": LaunchError}[error]) as caught:
+        Center([np.zeros(10, np.float32)], transport=transport)
+    return str(caught.value)
+
+
+def test_an_mpi_that_cannot_cross_says_which_can(hosts):
+    if "Open MPI v4" not in _core.mpi_library_version():
+        pytest.skip("this MPI has one-sided communication between hosts")
+    for text in on_ranks(2, refuse_to_cross, "auto", "MPIError", hosts=hosts):
+        assert "Use Open MPI 5, MPICH 4 or newer, or an Open MPI with UCX" in text
+
+
+def test_direct_does_not_cross(hosts):
+    for text in on_ranks(2, refuse_to_cross, "direct", "LaunchError", hosts=hosts):
+        assert "rank 0, which hosts a part of the center, is on another node, and transport='direct'" in text
