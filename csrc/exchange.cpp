@@ -243,14 +243,19 @@ void Client::start(double steps) {
     std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, buffers_[s].count * item_size(buffers_[s].dtype));
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   from_snapshot_ = true;
-  flight_ = std::async(std::launch::async, [this, steps] {
-    try {
-      return exchange_all(steps, false);
-    } catch (...) {
-      settle_untouched();
-      throw;
-    }
-  });
+  try {
+    flight_ = std::async(std::launch::async, [this, steps] {
+      try {
+        return exchange_all(steps, false);
+      } catch (...) {
+        settle_untouched();
+        throw;
+      }
+    });
+  } catch (...) {  // no thread to be had
+    from_snapshot_ = false;
+    throw;
+  }
 }
 
 bool Client::ready() const {

@@ -77,7 +77,7 @@ Shard::Shard(void* base, const Layout& layout, std::size_t begin, std::size_t en
   header_ = reinterpret_cast<Header*>(at);
   headers_ = reinterpret_cast<BlockHeader*>(at + round_up(sizeof(Header), kPage));
   physical_ = at + round_up(sizeof(Header), kPage) + round_up(blocks * sizeof(BlockHeader), kPage);
-  end_of_memory_ = physical_ + blocks * stride_;
+  end_of_memory_ = physical_ + blocks * stride_;  // the spares are few
   spare_ = blocks + static_cast<std::size_t>(user);
 }
 

@@ -56,7 +56,7 @@ def _row(
     found = bench.run_job(ranks, options, hosts)
     found |= {
         "what": "overlap" if overlap else "exchange",
-        "shards": len(center["center_ranks"]),
+        "shards": len(hosted_by),
         "wire": wire or "fp32",
     }
     found["link"] = link

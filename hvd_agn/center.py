@@ -435,7 +435,8 @@ def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]])
     arrays = [sum(len(entry) == 3 for entry in signature) for signature in (mine, rank0)]
     if arrays[0] != arrays[1]:
         return f"{arrays[0]} arrays here, {arrays[1]} on rank 0. {fix}"
-    ours, theirs = next(pair for pair in zip(mine, rank0, strict=True) if pair[0] != pair[1])
+    differing = (pair for pair in zip(mine, rank0, strict=False) if pair[0] != pair[1])
+    ours, theirs = next(differing, ("its other arguments", "an error"))
     return f"{json.dumps(ours)} here, {json.dumps(theirs)} on rank 0. {fix}"
 
 

@@ -327,6 +327,8 @@ class AGNOptimizer(torch.optim.Optimizer):
             self._exchange_now(exact=False)
             return
         self._land()
+        if self._steps_since_exchange == 0:  # the one before was refused, and the steps since with it
+            return
         self._read()
         self._client.start(self._steps_since_exchange)
         self._steps_under_way, self._steps_since_exchange = self._steps_since_exchange, 0
