@@ -154,7 +154,9 @@ def test_targets_in_the_documents():
 def test_every_variable_is_documented():
     text = (ROOT / "docs/environment.md").read_text()
     for variable in config.VARIABLES:
-        assert re.search(rf"`{variable.name}` *\|.*{re.escape(str(variable.default).removesuffix('.0'))}", text), variable.name
+        assert re.search(rf"`{variable.name}` *\|.*{re.escape(str(variable.default).removesuffix('.0'))}", text), (
+            variable.name
+        )
     assert set(re.findall(r"\bHVD_AGN_[A-Z_]+\b", text)) == {variable.name for variable in config.VARIABLES}
 
 

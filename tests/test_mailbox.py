@@ -678,7 +678,7 @@ PLACES = [
 ]
 
 
-def move_about(folder):
+def move_about(folder, direct="direct"):
     """A run that is saved, and goes on in another place each time, equals the one that never was."""
     from mpi4py import MPI
 
@@ -689,6 +689,7 @@ def move_about(folder):
     reference = ReferenceCenter(initial, "sgd", **hyper)
     path = os.path.join(folder, "center.safetensors")
     for i, (transport, hosts) in enumerate(PLACES):
+        transport = direct if transport == "direct" else transport
         arrays = [a.copy() if i == 0 else np.ones_like(a) for a in initial]
         with Center(arrays, RULE, transport=transport, center_ranks=hosts) as center:
             if i > 0:
