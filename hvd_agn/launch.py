@@ -70,7 +70,7 @@ def run_ranks(
         line = hosts.command(0, [line[0], *_placement(ranks, hosts), *line[1:]])
     process = subprocess.Popen(
         line,
-        env={**_OVERSUBSCRIBE, **os.environ, **_agents(hosts), **(env or {})},
+        env={**_OVERSUBSCRIBE, **_yielding(ranks, hosts), **os.environ, **_agents(hosts), **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -113,6 +113,11 @@ def _agents(hosts: EmulatedHosts | None) -> dict[str, str]:
         "HYDRA_LAUNCHER": "ssh",  # MPICH
         "HYDRA_LAUNCHER_EXEC": hosts.agent,
     }
+
+
+def _yielding(ranks: int, hosts: EmulatedHosts | None) -> dict[str, str]:
+    """What mpi.prepare() sets where a node has more ranks than cores: emulated hosts have them together."""
+    return {"OMPI_MCA_mpi_yield_when_idle": "1"} if hosts is not None and ranks > (os.cpu_count() or 1) else {}
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
