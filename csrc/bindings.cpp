@@ -207,8 +207,9 @@ void bind_center(nb::module_& m) {
           "comm"_a, "layout"_a, "rule"_a, "shared"_a);
 
   nb::class_<Center>(m, "Center", "Shared parameters in the host's memory.")
-      .def(nb::init<Comm&, Plan, Layout, Rule, std::size_t>(), "comm"_a, "plan"_a, "layout"_a, "rule"_a, "ring"_a,
-           Release())
+      .def(nb::init<Comm&, Plan, Layout, Rule>(), "comm"_a, "plan"_a, "layout"_a, "rule"_a, Release())
+      .def("connect", &Center::connect, "comm"_a, "ring"_a, Release())
+      .def("disconnect", &Center::disconnect, Release())
       .def(
           "read",
           [](Center& self, const std::vector<std::vector<Array>>& arrays) {

@@ -89,7 +89,7 @@ std::size_t Center::memory_bytes(const Comm& comm, const Plan& plan, const Layou
   return bytes;
 }
 
-Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule, std::size_t ring)
+Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule)
     : plan_(std::move(plan)),
       layout_(std::move(layout)),
       rule_(rule),
@@ -98,7 +98,6 @@ Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule, std::size_t ring
       node_size_(comm.node_size()) {
   const std::size_t blocks = layout_.blocks();
   allocate(comm);
-  std::unique_ptr<Responder> service;
   for (std::size_t shard = 0; shard < plan_.shards(); ++shard) {
     const std::size_t begin = plan_.begin(shard, blocks), end = plan_.end(shard, blocks);
     if (!plan_.direct(rank_, shard)) {
@@ -112,11 +111,14 @@ Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule, std::size_t ring
     shards_.push_back(view(std::find(ranks.begin(), ranks.end(), rank_) - ranks.begin()));
     if (plan_.host(shard) != rank_) continue;
     shards_.back()->format(users(plan_, shard));
-    if (!plan_.mailbox_ranks(shard).empty()) service = std::make_unique<Service>(view(ranks.size()), layout_, rule_);
+    if (!plan_.mailbox_ranks(shard).empty()) service_ = std::make_unique<Service>(view(ranks.size()), layout_, rule_);
   }
+}
+
+void Center::connect(Comm& comm, std::size_t ring) {
   if (plan_.mailboxes())
-    mailbox_ = std::make_unique<Mailbox>(comm, plan_, blocks, layout_.block_bytes() * (1 + rule_.slots()), ring,
-                                         std::move(service));
+    mailbox_ = std::make_unique<Mailbox>(comm, plan_, layout_.blocks(), layout_.block_bytes() * (1 + rule_.slots()),
+                                         ring, std::move(service_));
 }
 
 void Center::allocate(const Comm& comm) {
@@ -205,6 +207,21 @@ std::uint64_t Center::recoveries() const {
   return sum;
 }
 
+// ---- clients
+
+std::uint32_t Center::enter_client() {
+  const std::lock_guard<std::mutex> lock(clients_mutex_);
+  const auto id = std::find(clients_.begin(), clients_.end(), false) - clients_.begin();
+  if (static_cast<std::size_t>(id) == clients_.size()) clients_.push_back(false);
+  clients_[id] = true;
+  return static_cast<std::uint32_t>(id);
+}
+
+void Center::leave_client(std::uint32_t id) {
+  const std::lock_guard<std::mutex> lock(clients_mutex_);
+  clients_[id] = false;
+}
+
 // ---- end
 
 void Center::detach() {
@@ -217,7 +234,11 @@ void Center::free(Comm& comm) {
     for (const auto& shard : shards_) sum += shard->activity();
     return sum;
   };
-  comm.barrier("has ended and waits for the other ranks to end", pushes);
+  if (mailbox_) mailbox_->await_thread();
+  // A rank that works on no shard itself does not see the others' pushes: it warns, but cannot tell when to give up.
+  StallLimits limits = comm.limits();
+  if (shards_.empty()) limits.abort = 0;
+  comm.barrier("has ended and waits for the other ranks to end", limits, pushes);
   if (mailbox_) mailbox_->free();
   if (window_ == MPI_WIN_NULL) return;
   check(MPI_Win_unlock_all(window_), rank_, "MPI_Win_unlock_all");

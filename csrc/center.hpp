@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "comm.hpp"
@@ -18,12 +19,17 @@ class Center {
   /// Bytes of memory that the hosts on this rank's node take together; 0 if `shared` and no other process maps them.
   static std::size_t memory_bytes(const Comm& comm, const Plan& plan, const Layout& layout, int slots, bool shared);
 
-  /// Collective. The values are zero until write(), which may come when all ranks have constructed their center.
-  /// `ring`: blocks under way between a worker and a host that share no memory.
-  Center(Comm& comm, Plan plan, Layout layout, Rule rule, std::size_t ring);
+  /// Collective: memory for the shards. The values are zero until write().
+  Center(Comm& comm, Plan plan, Layout layout, Rule rule);
   Center(const Center&) = delete;
   Center& operator=(const Center&) = delete;
   ~Center();
+
+  /// Collective, once, when all ranks have constructed their center, before anything else: the way to shards on other
+  /// nodes. `ring`: blocks under way between a worker and a host that share no memory.
+  void connect(Comm& comm, std::size_t ring);
+  /// Local, instead of free(), when the center cannot be used after all.
+  void disconnect() { mailbox_.reset(); }
 
   const Layout& layout() const { return layout_; }
   const Rule& rule() const { return rule_; }
@@ -37,8 +43,9 @@ class Center {
   Mailbox* mailbox() const { return remote_.empty() ? nullptr : mailbox_.get(); }
   /// First block and end of each shard that is reached by mailbox.
   const std::vector<std::pair<std::size_t, std::size_t>>& remote() const { return remote_; }
-  /// A number for a client of this process, for its messages.
-  std::uint32_t next_client() { return clients_++; }
+  /// The least number that no client of this process has, for its messages: a host remembers things by it.
+  std::uint32_t enter_client();
+  void leave_client(std::uint32_t id);
   /// Bytes of this rank's mailbox.
   std::size_t mailbox_bytes() const { return mailbox_ ? mailbox_->bytes() : 0; }
 
@@ -73,8 +80,10 @@ class Center {
   std::size_t private_bytes_ = 0;
   std::vector<std::unique_ptr<Shard>> shards_;
   std::vector<std::pair<std::size_t, std::size_t>> remote_;
+  std::unique_ptr<Responder> service_;  // until connect()
   std::unique_ptr<Mailbox> mailbox_;
-  std::atomic<std::uint32_t> clients_{0};
+  std::mutex clients_mutex_;
+  std::vector<bool> clients_;  // by number: taken
 };
 
 }  // namespace hvd_agn

@@ -1,6 +1,7 @@
 #include "comm.hpp"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -19,6 +20,11 @@ void check(int code, int rank, const std::string& operation) {
   if (MPI_Error_string(code, text, &length) != MPI_SUCCESS) length = 0;
   throw MpiError(concat("[rank ", rank, "] ", operation, " failed: ", std::string(text, length), " (MPI error ", code,
                         "). `python -m hvd_agn check` shows what this MPI offers."));
+}
+
+void check_process(pid_t process, int rank) {
+  HVD_AGN_EXPECTS(getpid() == process, UsageError, "[rank ", rank,
+                  "] the center was created in another process, which this one was forked from. Use it there only.");
 }
 
 double StallWatch::next_event() const {
@@ -45,7 +51,8 @@ Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits) {
   check(MPI_Comm_rank(parent, &rank_), -1, "MPI_Comm_rank");
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Comm_idup(parent, &comm_, &request), rank_, "MPI_Comm_idup");
-  wait(&request, "waits for every rank to create its center; a rank that never does holds up the others", nullptr);
+  wait(&request, "waits for every rank to create its center; a rank that never does holds up the others", limits_,
+       nullptr);
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), rank_, "MPI_Comm_set_errhandler");
   check(MPI_Comm_size(comm_, &size_), rank_, "MPI_Comm_size");
   check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node_), rank_, "MPI_Comm_split_type");
@@ -58,8 +65,9 @@ Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits) {
   check(MPI_Allgather(&first, 1, MPI_INT, nodes_.data(), 1, MPI_INT, comm_), rank_, "MPI_Allgather");
 }
 
-void Comm::wait(MPI_Request* request, const std::string& what, const std::function<std::uint64_t()>& progress) {
-  StallWatch watch(limits_, rank_);
+void Comm::wait(MPI_Request* request, const std::string& what, StallLimits limits,
+                const std::function<std::uint64_t()>& progress) {
+  StallWatch watch(limits, rank_);
   std::uint64_t count = progress ? progress() : 0;
   auto nap = std::chrono::microseconds(20);
   for (int done = 0;;) {
@@ -75,10 +83,10 @@ void Comm::wait(MPI_Request* request, const std::string& what, const std::functi
   }
 }
 
-void Comm::barrier(const std::string& what, const std::function<std::uint64_t()>& progress) {
+void Comm::barrier(const std::string& what, StallLimits limits, const std::function<std::uint64_t()>& progress) {
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Ibarrier(comm_, &request), rank_, "MPI_Ibarrier");
-  wait(&request, what, progress);
+  wait(&request, what, limits, progress);
 }
 
 void Comm::free() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <mpi.h>
+#include <sys/types.h>
 
 #include <chrono>
 #include <cstdint>
@@ -15,6 +16,9 @@ namespace hvd_agn {
 
 /// Throws MpiError with MPI's own text when an MPI call failed.
 void check(int code, int rank, const std::string& operation);
+
+/// UsageError in a child that was forked from `process`, which alone can use what the message calls "the center".
+void check_process(pid_t process, int rank);
 
 /// How long a wait may last, in seconds: a warning every `warn`, an error after `abort`; 0 switches either off.
 struct StallLimits {
@@ -76,14 +80,16 @@ class Comm {
   StallLimits limits() const { return limits_; }
 
   /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train.
+  void barrier(const std::string& what) { barrier(what, limits_, nullptr); }
   /// `progress`: a count that shows that the others are at work; the stall limits run from its last change.
-  void barrier(const std::string& what, const std::function<std::uint64_t()>& progress = nullptr);
+  void barrier(const std::string& what, StallLimits limits, const std::function<std::uint64_t()>& progress);
 
   /// Collective; no call may follow.
   void free();
 
  private:
-  void wait(MPI_Request* request, const std::string& what, const std::function<std::uint64_t()>& progress);
+  void wait(MPI_Request* request, const std::string& what, StallLimits limits,
+            const std::function<std::uint64_t()>& progress);
 
   StallLimits limits_;
   MPI_Comm comm_ = MPI_COMM_NULL;

@@ -28,7 +28,7 @@ class Timed {
 }  // namespace
 
 Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
-    : center_(std::move(center)), buffers_(std::move(buffers)), options_(options), id_(center_->next_client()) {
+    : center_(std::move(center)), buffers_(std::move(buffers)), options_(options), id_(center_->enter_client()) {
   const Layout& layout = center_->layout();
   const auto& segments = layout.segments();
   HVD_AGN_EXPECTS(buffers_.size() == segments.size(), std::invalid_argument, "the center has ", segments.size(),
@@ -62,6 +62,7 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
 
 Client::~Client() {
   if (flight_.valid()) flight_.wait();
+  center_->leave_client(id_);
 }
 
 std::unique_lock<std::mutex> Client::enter() const {
@@ -243,23 +244,26 @@ void Client::start(double steps) {
     std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, buffers_[s].count * item_size(buffers_[s].dtype));
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   from_snapshot_ = true;
+  landed_ = false;
   try {
-    flight_ = std::async(std::launch::async, [this, steps] {
-      try {
-        return exchange_all(steps, false);
-      } catch (...) {
-        settle_untouched();
-        throw;
-      }
-    });
+    flight_ = std::async(std::launch::async, [this, steps] { return fly(steps); });
   } catch (...) {  // no thread to be had
     from_snapshot_ = false;
     throw;
   }
+  started_ = true;
 }
 
-bool Client::ready() const {
-  return flight_.valid() && flight_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+std::size_t Client::fly(double steps) {
+  try {
+    const std::size_t refused = exchange_all(steps, false);
+    landed_ = true;
+    return refused;
+  } catch (...) {
+    settle_untouched();
+    landed_ = true;
+    throw;
+  }
 }
 
 void Client::settle_untouched() {
@@ -283,6 +287,7 @@ std::size_t Client::finish() {
     failure = std::current_exception();
   }
   from_snapshot_ = false;
+  started_ = false;
   if (refused == kAccepted) {
     for (std::size_t s = 0; s < buffers_.size(); ++s) {
       const Piece p = {buffers_[s].data, anchor_.get() + offset_[s], nullptr, nullptr, 0, buffers_[s].count};

@@ -68,8 +68,8 @@ class Client {
   /// Takes a snapshot of the buffers and exchanges that in the background.
   void start(double steps);
   /// Whether start() was called without finish(); whether finish() would not wait.
-  bool started() const { return flight_.valid(); }
-  bool ready() const;
+  bool started() const { return started_; }
+  bool ready() const { return started_ && landed_; }
   /// Waits for the exchange that start() began; then buffers += center - snapshot. Returns as exchange() does: when
   /// the snapshot was refused, the buffers are not touched. Throws what went wrong in the background; then the steps
   /// of blocks that were not pushed are still in the buffers.
@@ -111,6 +111,7 @@ class Client {
   void copy_all(bool theta, bool anchor);
   Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor);
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
+  std::size_t fly(double steps);
   void settle_untouched();
   Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out) const;
   std::byte* source(const Layout::Part& part) const;
@@ -136,6 +137,7 @@ class Client {
   std::unique_ptr<std::byte[]> snapshot_;  // with overlap
   bool from_snapshot_ = false;             // the exchange under way is start()'s
   std::future<std::size_t> flight_;
+  std::atomic<bool> started_{false}, landed_{false};  // for looks from other threads
 
   // Of blocks on other nodes, with a wire that rounds.
   std::unique_ptr<std::byte[]> residual_;  // what was rounded away, as images of blocks

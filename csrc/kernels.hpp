@@ -24,7 +24,6 @@ constexpr std::size_t item_size(DType dtype) {
 /// of two values may overflow. Ordered.
 enum class Range : std::uint8_t { normal, large, nonfinite };
 
-/// One piece of one block: theta and anchor have the worker's dtype, the others the center's. All are `count` elements.
 /// What a message carries: the center's own type, or fewer bits. int8 has a scale per part of a block.
 enum class Wire : std::uint8_t { center, bf16, fp16, int8 };
 
@@ -35,6 +34,7 @@ constexpr std::size_t wire_bytes(DType center, Wire wire, std::size_t count) {
                               : (2 * count + 3) / 4 * 4;
 }
 
+/// One piece of one block: theta and anchor have the worker's dtype, the others the center's. All are `count` elements.
 struct Piece {
   void* theta;
   void* anchor;

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -32,6 +33,16 @@ std::uint64_t read_counter(const std::byte* at) {
 
 }  // namespace
 
+/// The thread is in a call of MPI.
+class Mailbox::InMpi {
+ public:
+  explicit InMpi(Mailbox& mailbox) : calls_(mailbox.mpi_calls_) { calls_.fetch_add(1); }
+  ~InMpi() { calls_.fetch_add(1); }
+
+ private:
+  std::atomic<std::uint64_t>& calls_;
+};
+
 struct Mailbox::Peer {
   int rank;
   std::size_t here;             // offset of this rank's end of the pair in its window: counter, slots
@@ -55,6 +66,7 @@ struct Mailbox::Peer {
 Mailbox::Mailbox(const Comm& comm, const Plan& plan, std::size_t blocks, std::size_t payload_bytes, std::size_t ring,
                  std::unique_ptr<Responder> responder)
     : rank_(comm.rank()),
+      process_(getpid()),
       limits_(comm.limits()),
       comm_(comm.handle()),
       slot_bytes_(sizeof(Message) + round_up(payload_bytes, Layout::kAlignment)),
@@ -126,6 +138,14 @@ Mailbox::~Mailbox() {
   stop();
 }
 
+void Mailbox::await_thread() {
+  StallWatch watch(limits_, rank_);
+  for (std::uint64_t seen = mpi_calls_; seen % 2 == 1 && mpi_calls_ == seen;) {
+    std::this_thread::sleep_for(kNap);
+    watch.poll([this] { return what_it_does(); });
+  }
+}
+
 void Mailbox::free() {
   stop();
   if (window_ == MPI_WIN_NULL) return;
@@ -152,6 +172,7 @@ void Mailbox::stop() {
 // ---- transfers: the calling thread
 
 void Mailbox::begin(Transfer& transfer) {
+  check_process(process_, rank_);
   StallWatch watch(limits_, rank_);
   std::unique_lock<std::mutex> lock(mutex_);
   for (std::uint64_t seen = answered_; transfer_ && !failure_;) {
@@ -280,6 +301,7 @@ void Mailbox::at(Phase phase, int peer, std::uint64_t block) {
 }
 
 void Mailbox::poll_mpi() {
+  const InMpi in_mpi(*this);
   int found = 0;
   check(MPI_Iprobe(MPI_ANY_SOURCE, 0, comm_, &found, MPI_STATUS_IGNORE), rank_, "MPI_Iprobe");
   check(MPI_Win_sync(window_), rank_, "MPI_Win_sync");
@@ -295,6 +317,7 @@ Message* Mailbox::staging(const Peer& host, std::uint64_t number) const {
 
 void Mailbox::put(const void* from, std::size_t bytes, const Peer& to, std::size_t offset, std::uint64_t block) {
   at(Phase::put, to.rank, block);
+  const InMpi in_mpi(*this);
   for (std::size_t done = 0; done < bytes;) {
     const std::size_t n = std::min(bytes - done, kPutLimit);
     const int code = MPI_Put(static_cast<const std::byte*>(from) + done, static_cast<int>(n), MPI_BYTE, to.rank,
@@ -306,7 +329,11 @@ void Mailbox::put(const void* from, std::size_t bytes, const Peer& to, std::size
 
 void Mailbox::publish(Peer& to, std::uint64_t block) {
   at(Phase::flush, to.rank, block);
-  const int code = MPI_Win_flush(to.rank, window_);
+  int code = MPI_SUCCESS;
+  {
+    const InMpi in_mpi(*this);
+    code = MPI_Win_flush(to.rank, window_);
+  }
   if (code != MPI_SUCCESS) check(code, rank_, concat("MPI_Win_flush of block ", block, " to rank ", to.rank));
   to.counter = to.published = to.sent;
   put(&to.counter, sizeof to.counter, to, 0, block);

@@ -29,7 +29,7 @@
 namespace hvd_agn {
 
 /// Head of a request and of its answer.
-struct alignas(64) Message {
+struct Message {
   enum class Kind : std::uint8_t {
     push,     // payload: delta; answer: the block
     pull,     // no payload; answer: the block
@@ -46,8 +46,9 @@ struct alignas(64) Message {
   Wire answer_wire = Wire::center;  // of the answer; with `difference`, of the block less what the client has of it
   bool half_values = false;         // answer: the block itself in the half type `answer_wire`
   bool difference = false;
-  bool mirrored = false;  // the host is to remember what this client has of the block
-  bool refused = false;   // answer: the rule overflowed, the block stayed as it was
+  bool mirrored = false;           // the host is to remember what this client has of the block
+  bool refused = false;            // answer: the rule overflowed, the block stayed as it was
+  std::uint8_t reserved[29] = {};  // a window's base is aligned to 8 bytes only
 };
 static_assert(sizeof(Message) == 64);
 
@@ -85,7 +86,7 @@ class Mailbox {
   /// Stops the thread. Frees nothing else: see free().
   ~Mailbox();
 
-  /// Starts a transfer, when the one before it has ended.
+  /// Starts a transfer, when the one before it has ended. UsageError in a forked child, which has no such thread.
   void begin(Transfer& transfer);
   /// Waits for the transfer to end, as the stall limits allow; throws what went wrong.
   void wait(Transfer& transfer);
@@ -96,6 +97,10 @@ class Mailbox {
 
   /// Bytes of this rank's rings.
   std::size_t bytes() const { return bytes_; }
+
+  /// Waits, as the stall limits allow, until the thread is not in an MPI call that may not return: a flush to a rank
+  /// that is stopped can hold a lock of the MPI library, and then the caller's own MPI calls would hang without a word.
+  void await_thread();
 
   /// Collective: all ranks have come, no request is under way. Stops the thread and frees the window.
   void free();
@@ -119,6 +124,7 @@ class Mailbox {
   Message* staging(const Peer& host, std::uint64_t number) const;
 
   int rank_;
+  pid_t process_;  // that the thread runs in
   StallLimits limits_;
   MPI_Comm comm_;
   std::size_t slot_bytes_, ring_;
@@ -138,10 +144,12 @@ class Mailbox {
 
   // What the thread is at, for messages; it may hang there.
   enum class Phase : int { idle, put, flush, wait };
+  class InMpi;
   void at(Phase phase, int peer, std::uint64_t block);
   std::atomic<Phase> phase_{Phase::idle};
   std::atomic<int> peer_{-1};
   std::atomic<std::uint64_t> block_{0};
+  std::atomic<std::uint64_t> mpi_calls_{0};  // begun and ended: odd in a call
   std::thread thread_;
 };
 

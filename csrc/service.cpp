@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace hvd_agn {
 
@@ -107,7 +108,10 @@ void Service::encode(int worker, Message& head, std::byte* values, std::byte* pa
   head.payload_bytes = encoded_bytes(layout_, head.block, head.answer_wire);
   if (!head.difference) {
     if (values != payload) std::memcpy(payload, values, head.payload_bytes);
-    if (head.mirrored) std::memcpy(mirror(worker, head), values, head.payload_bytes);
+    if (!head.mirrored) return;
+    std::byte* had = mirror(worker, head);
+    head.mirrored = had != nullptr;
+    if (had) std::memcpy(had, values, head.payload_bytes);
     return;
   }
   // The client adds what it is sent to what it has, and so does the mirror; what was rounded away comes with a later
@@ -124,8 +128,8 @@ void Service::encode(int worker, Message& head, std::byte* values, std::byte* pa
 std::byte* Service::mirror(int worker, const Message& head) {
   const std::size_t block_bytes = layout_.block_bytes();
   Mirror& found = mirrors_[{worker, head.client}];
-  if (!found) found.reset(new std::byte[(shard_->end() - shard_->begin()) * block_bytes]);
-  return found.get() + (head.block - shard_->begin()) * block_bytes;
+  if (!found) found.reset(new (std::nothrow) std::byte[(shard_->end() - shard_->begin()) * block_bytes]);
+  return !found ? nullptr : found.get() + (head.block - shard_->begin()) * block_bytes;
 }
 
 }  // namespace hvd_agn

@@ -25,6 +25,7 @@ class Service : public Responder {
 
   void push(Shard::Block& block, Message& head, std::byte* values);
   void encode(int worker, Message& head, std::byte* values, std::byte* payload);
+  /// Null if there is no memory for it.
   std::byte* mirror(int worker, const Message& head);
 
   std::unique_ptr<Shard> shard_;

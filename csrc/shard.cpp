@@ -154,11 +154,15 @@ void Shard::Block::commit(std::uint64_t version) {
 
 // ---- locks
 
-void Shard::recover(std::size_t block) {
-  // The dead owner either committed or did not: nothing to repair, only the lock to take over. Its spare is lost.
-  const int code = pthread_mutex_consistent(&header(block).mutex);
+Shard::Block Shard::locked(std::size_t block, int code) {
+  if (code == EOWNERDEAD) {
+    // The dead owner either committed or did not: nothing to repair, only the lock to take over. Its spare is lost.
+    code = pthread_mutex_consistent(&header(block).mutex);
+    header_->recoveries.fetch_add(1, std::memory_order_relaxed);
+  }
   if (code) lock_failed(block, code);
-  header_->recoveries.fetch_add(1, std::memory_order_relaxed);
+  header(block).holder.store(rank_, std::memory_order_relaxed);
+  return Block(this, block);
 }
 
 void Shard::lock_failed(std::size_t block, int code) const {
@@ -166,44 +170,25 @@ void Shard::lock_failed(std::size_t block, int code) const {
                                   ". The center's memory is damaged; restart from the last saved center."));
 }
 
-void Shard::check_process() const {
-  HVD_AGN_EXPECTS(getpid() == process_, UsageError, "[rank ", rank_,
-                  "] the center was created in another process, which this one was forked from. Use it there only.");
-}
-
 std::optional<Shard::Block> Shard::try_lock(std::size_t block) {
-  check_process();
+  check_process(process_, rank_);
   const int code = pthread_mutex_trylock(&header(block).mutex);
   if (code == EBUSY) return std::nullopt;
-  if (code == EOWNERDEAD)
-    recover(block);
-  else if (code)
-    lock_failed(block, code);
-  header(block).holder.store(rank_, std::memory_order_relaxed);
-  return Block(this, block);
+  return locked(block, code);
 }
 
 Shard::Block Shard::lock(std::size_t block) {
-  check_process();
+  check_process(process_, rank_);
   StallWatch watch(limits_, rank_);
   for (;;) {
     timespec deadline{};
     clock_gettime(CLOCK_REALTIME, &deadline);
     deadline.tv_sec += static_cast<time_t>(watch.next()) + 1;
     const int code = pthread_mutex_timedlock(&header(block).mutex, &deadline);
-    if (code == ETIMEDOUT) {
-      watch.poll([&] {
-        return concat("waits for block ", block, ", locked by rank ", holder(block),
-                      "; that rank is stopped or starved");
-      });
-      continue;
-    }
-    if (code == EOWNERDEAD)
-      recover(block);
-    else if (code)
-      lock_failed(block, code);
-    header(block).holder.store(rank_, std::memory_order_relaxed);
-    return Block(this, block);
+    if (code != ETIMEDOUT) return locked(block, code);
+    watch.poll([&] {
+      return concat("waits for block ", block, ", locked by rank ", holder(block), "; that rank is stopped or starved");
+    });
   }
 }
 

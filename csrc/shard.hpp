@@ -90,9 +90,9 @@ class Shard {
   struct BlockHeader;
   struct Header;
   BlockHeader& header(std::size_t block) const;
-  void check_process() const;
   void lock_failed(std::size_t block, int code) const;
-  void recover(std::size_t block);
+  /// What an attempt to lock has given; takes the lock over from an owner that died.
+  Block locked(std::size_t block, int code);
   std::byte* physical(std::uint64_t index) const;
 
   std::size_t begin_, end_;

@@ -6,11 +6,12 @@ No array data is touched here. The work is in the native core: ``csrc/exchange.c
 
 import itertools
 import json
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _CREATING = "waits for the other ranks to create their centers"
 
 Arrays = Mapping[str, Any] | Sequence[Any]
+T = TypeVar("T")
 
 
 class Owner(Protocol):
@@ -167,16 +169,18 @@ class Center:
     def _hosts(self, center_ranks: Sequence[int] | str) -> list[int]:
         if center_ranks == "nodes":
             return sorted(set(self._comm.nodes))
-        ranks = [] if isinstance(center_ranks, str) or not isinstance(center_ranks, Iterable) else list(center_ranks)
-        usable = [r for r in ranks if isinstance(r, int) and not isinstance(r, bool) and 0 <= r < self._comm.size]
-        if not ranks or usable != ranks or len(set(ranks)) < len(ranks):
+        try:  # NumPy's integers are welcome, a bool or a float is a mistake
+            ranks = [-1 if isinstance(r, bool) else operator.index(r) for r in center_ranks]  # type: ignore[arg-type]
+        except TypeError:
+            ranks = []
+        if not ranks or len(set(ranks)) < len(ranks) or not set(ranks) <= set(range(self._comm.size)):
             raise ConfigError(
                 f"center_ranks={center_ranks!r}: give 'nodes', or different ranks from 0 to {self._comm.size - 1}."
             )
         return ranks
 
-    def _agree(self, error: Exception | None) -> None:
-        """Every rank raises if any rank has an error: its own, or else the first."""
+    def _agree(self, error: Exception | None, undo: Callable[[], None] = lambda: None) -> None:
+        """Every rank raises if any rank has an error: its own, or else the first. ``undo``: before it does."""
         if error is not None and not isinstance(error, AGNError):  # which may not be possible to send
             error = LayoutError(f"{type(error).__name__}: {error}")
         if error is not None and not str(error).startswith("[rank"):
@@ -185,6 +189,7 @@ class Center:
         errors = self._mpi_comm.allgather(error)
         first = next((e for e in errors if e is not None), None)
         if first is not None:
+            undo()
             self._comm.free()
             raise error or first
 
@@ -209,17 +214,22 @@ class Center:
         """Bytes of memory that the center takes on this rank's node."""
         shared = plan.memory_bytes(self._comm, layout, rule, shared=True)
         self._agree(self._refuse_surroundings(hosts, plan, shared))
-        error: Exception | None = None
-        try:
-            native = _core.Center(self._comm, plan, layout, rule, config.RING_BLOCKS.read())
-        except Exception as failure:
-            error = failure
-        self._agree(error)
+        native = self._together(lambda: _core.Center(self._comm, plan, layout, rule))
+        undo = native.disconnect
+        self._together(lambda: native.connect(self._comm, config.RING_BLOCKS.read()), undo)
+        self._together(lambda: native.write([wide], 0) if self._comm.rank == 0 else None, undo)
         self._native = native
         shutdown.centers.append(self)
-        if self._comm.rank == 0:
-            native.write([wide], 0)
-        self._comm.barrier("waits for rank 0 to write its parameters to the center")
+
+    def _together(self, part: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+        """This rank's part of what all ranks do; an error of any rank is raised by all."""
+        error: Exception | None = None
+        try:
+            result = part()
+        except Exception as failure:
+            error = failure
+        self._agree(error, undo)
+        return result
 
     def _refuse_surroundings(self, hosts: list[int], plan: _core.Plan, shared: int) -> Exception | None:
         """Why the center cannot be here: a host is out of reach, or there is no room for it."""
@@ -228,7 +238,7 @@ class Center:
                 if not plan.direct(self._comm.rank, shard):
                     return LaunchError(
                         f"rank {host}, which hosts a part of the center, is on another node, and transport='direct' "
-                        "was asked for. Use transport='auto', or a host on every node's communicator of its own."
+                        "was asked for. Use transport='auto', or a center for each node, with comm= of its ranks."
                     )
         if self._comm.node_rank > 0 or shared == 0:
             return None
@@ -401,9 +411,8 @@ class Center:
             if owner is not None:
                 owner.flush()
         finally:
-            for client in self._clients:
-                client._close()
-            self._clients.clear()
+            for client in list(self._clients):
+                client.close()
             self._native.detach()
             if self._comm.size > 1:
                 shutdown.finished.append((self._serial, self._comm, self._native))

@@ -191,12 +191,17 @@ class Client:
         """
         return self._open().extra_bytes
 
-    def _close(self) -> None:
-        """Waits for an exchange that another thread has under way."""
-        if self._native is not None:
-            self._native.close()
+    def close(self) -> None:
+        """This client is done; its arrays stay as they are. Again: does nothing. ``Center.close()`` closes them all.
+
+        What was not pushed is dropped. Waits for an exchange that another thread, or the background, has under way.
+        """
+        if self._native is None:
+            return
+        self._native.close()
         self._native = None
         self._arrays = []
+        self._center._clients.remove(self)
 
 
 def register(names: Sequence[str], arrays: Sequence[Any]) -> list[_core.Buffer]:

@@ -419,5 +419,6 @@ class AGNOptimizer(torch.optim.Optimizer):
             self.pull()
             return
         self._steps_since_exchange = own["steps_since_exchange"]
+        self._client.forget()
         for index, e in enumerate(self._parameters.exchanged):
             self._client.write_anchor(index, own["anchor"][e.name].detach().cpu().contiguous())

@@ -1,17 +1,19 @@
-"""What tests/test_mailbox.py and test_overlap.py check on one machine, between hosts, and jobs that use both paths."""
+"""What tests/test_mailbox*.py and test_overlap.py check on one machine, between hosts, and jobs that use both paths."""
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 from mailboxes import state, wait_until
 from ranks import on_ranks
-from test_mailbox import ONE_BLOCK, check_wires, conserve, interleave_all, limits, move_about, refuse
+from test_mailbox import ONE_BLOCK, check_wires, conserve, interleave_all, move_about, refuse
+from test_mailbox_ends import limits
 from test_overlap import DOUBLES, DTYPES, overlap_and_count
 
-from hvd_agn import Center, _core
+from hvd_agn import Center, _core, launch
 from hvd_agn.errors import LaunchError, MPIError, StallError
 
 
@@ -90,6 +92,37 @@ def stop_the_host():
 
 def test_a_stopped_host_is_named_and_given_up_on(hosts, rma):
     on_ranks(2, stop_the_host, hosts=hosts)
+
+
+HOST_STAYS_STOPPED = """
+import os, signal, sys, time
+import numpy
+from mpi4py import MPI
+os.environ["HVD_AGN_STALL_SECONDS"] = "0.5"
+os.environ["HVD_AGN_STALL_ABORT_SECONDS"] = "1" if MPI.COMM_WORLD.rank == 1 else "0"
+from hvd_agn import Center
+center = Center([numpy.zeros(1000000, numpy.float32)])
+if center.rank == 0:
+    open(sys.argv[1], "w").write(str(os.getpid()))
+pids = MPI.COMM_WORLD.allgather(os.getpid())
+if center.rank == 0:
+    time.sleep(600)
+os.kill(pids[0], signal.SIGSTOP)
+center.exchange(1)
+"""
+# Whoever ends first kills the stopped host, for which a launcher may wait.
+THEN_KILL_THE_HOST = '"$@"; echo "rank $PMI_RANK$OMPI_COMM_WORLD_RANK: exit status $?"; kill -9 $(cat "$0")'
+
+
+def test_a_worker_whose_host_stays_stopped_ends(hosts, rma, tmp_path):
+    """With an error of its own, though MPI_Finalize and the windows would wait for the host without a limit."""
+    pid = str(tmp_path / "pid")
+    command = ["sh", "-c", THEN_KILL_THE_HOST, pid, sys.executable, "-c", HOST_STAYS_STOPPED, pid]
+    done = launch.run_ranks(2, command, timeout=60, hosts=hosts)
+    assert "rank 1: exit status 1" in done.stdout
+    assert "StallError: [rank 1] hvd_agn: waits" in done.stderr
+    assert "given up: HVD_AGN_STALL_ABORT_SECONDS=1" in done.stderr
+    assert "[rank 1] hvd_agn: this rank ends with StallError" in done.stderr
 
 
 def refuse_to_cross(transport, error):
