@@ -100,6 +100,11 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=10, help="steps between two exchanges")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overlap", action="store_true", help="exchange while training goes on")
+    parser.add_argument("--wire-dtype", choices=["bf16", "fp16", "int8"], help="round what travels between nodes")
+    parser.add_argument(
+        "--center-ranks", choices=["first", "nodes"], default="first", help="the first rank hosts it, or one per node"
+    )
     parser.add_argument("--report", type=Path, help="folder for report.json and report.png")
     args = parser.parse_args()
 
@@ -111,7 +116,14 @@ def main() -> None:
 
     model = build_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    optimizer = agn.AGNOptimizer(optimizer, args.period, named_parameters=model.named_parameters())  # AGN
+    optimizer = agn.AGNOptimizer(  # AGN
+        optimizer,
+        args.period,
+        named_parameters=model.named_parameters(),
+        overlap=args.overlap,
+        wire_dtype=args.wire_dtype,
+        center_ranks="nodes" if args.center_ranks == "nodes" else (0,),
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
     steps = args.epochs * (len(share_y) // args.batch)

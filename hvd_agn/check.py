@@ -35,6 +35,7 @@ def lines() -> Iterator[Line]:
     yield _thread_level()
     yield _attempt("launcher", _launcher)
     yield _attempt("shared windows", _shared_window)
+    yield _attempt("between nodes", _between_nodes)
     yield _shared_memory()
     yield _torch()
     yield Line("native core", f"{_core.compiler()}; {_core.kernels()} loops")
@@ -90,8 +91,24 @@ def _launcher() -> Line:
 
 
 def _shared_window() -> Line:
-    with Center([np.zeros(1, np.float32)]) as center:
-        return Line("shared windows", f"a center of {center.nbytes} bytes works, ranks: {center.size}")
+    MPI = mpi.initialize()
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    with Center([np.zeros(1, np.float32)], comm=node) as center:
+        return Line("shared windows", f"a center of {center.nbytes} bytes works, ranks on this node: {center.size}")
+
+
+def _between_nodes() -> Line:
+    """Every rank pushes once to a center at rank 0."""
+    MPI = mpi.initialize()
+    world = MPI.COMM_WORLD
+    nodes = world.allreduce(int(world.Split_type(MPI.COMM_TYPE_SHARED).rank == 0))
+    if nodes == 1:
+        return Line("between nodes", "not tried: all ranks are on one node")
+    with Center([theta := np.zeros(1, np.float32)]) as center:
+        theta += 1
+        center.exchange(1)
+        world.Barrier()
+        return Line("between nodes", f"one-sided puts work: {center.version} pushes from {nodes} nodes")
 
 
 def _shared_memory() -> Line:

@@ -58,7 +58,8 @@ def test_check_on_several_ranks_prints_once():
         2, [sys.executable, "-m", "hvd_agn", "check"], timeout=60, env={"HVD_AGN_BLOCK_BYTES": "64"}
     )
     assert done.stdout.count("thread level") == 1
-    assert "ranks: 2" in done.stdout
+    assert "ranks on this node: 2" in done.stdout
+    assert "not tried: all ranks are on one node" in done.stdout
 
 
 def test_bench_exchange():

@@ -1,6 +1,7 @@
 """What tests/test_mailbox*.py and test_overlap.py check on one machine, between hosts, and jobs that use both paths."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -136,6 +137,15 @@ def test_an_mpi_that_cannot_cross_says_which_can(hosts):
         pytest.skip("this MPI has one-sided communication between hosts")
     for text in on_ranks(2, refuse_to_cross, "auto", "MPIError", hosts=hosts):
         assert "Use Open MPI 5, MPICH 4 or newer, or an Open MPI with UCX" in text
+
+
+def test_check_looks_between_nodes(hosts):
+    done = launch.run_ranks(2, [sys.executable, "-m", "hvd_agn", "check"], timeout=60, hosts=hosts)
+    if "Open MPI v4" in _core.mpi_library_version():
+        assert re.search(r"PROBLEM +between nodes +\[rank 0\] .*Use Open MPI 5", done.stdout)
+    else:
+        assert re.search(r"OK +between nodes +one-sided puts work: 2 pushes from 2 nodes", done.stdout)
+    assert re.search(r"OK +shared windows +a center of \d+ bytes works, ranks on this node: 1\n", done.stdout)
 
 
 def test_direct_does_not_cross(hosts):
