@@ -36,6 +36,7 @@ def accuracy(hosts: EmulatedHosts, wire: str | None, seed: int) -> float:
 
 
 def main() -> None:
+    """Run it, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path, help="also write the rows there")

@@ -320,7 +320,7 @@ def wait_for(opt, value):
     wait_until(lambda: np.allclose(center_of(opt), value, rtol=1e-6), f"the center to be {value}")
 
 
-def train_and_end(transport):
+def train_and_end(transport, hosts):
     """Every type and wire; then rank 1 ends in the middle of flights and periods: all of its steps are pushed."""
     from mpi4py import MPI
 
@@ -328,7 +328,7 @@ def train_and_end(transport):
     warnings.simplefilter("ignore")  # of the short period
     variants = [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.float64, "int8")]
     for dtype, wire in variants:
-        p, opt = count(2, dtype, transport=transport, wire_dtype=wire, center_ranks=(1, 0))
+        p, opt = count(2, dtype, transport=transport, wire_dtype=wire, center_ranks=hosts)
         for _ in range(15):
             opt.step()
         opt.flush()
@@ -351,7 +351,7 @@ def train_and_end(transport):
 
 @pytest.mark.parametrize("transport", ["direct", "mailbox"])
 def test_nothing_is_lost_on_two_ranks_and_at_exit(transport):
-    on_ranks(2, train_and_end, transport)
+    on_ranks(2, train_and_end, transport, [1, 0])
 
 
 def hold_a_flight():

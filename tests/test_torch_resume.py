@@ -260,6 +260,27 @@ def test_too_many_workers_per_period_are_warned_of_once_with_the_remedy():
     assert rank0[0][0][1] == "test_torch_resume.py"
 
 
+def restore_and_owe_nothing():
+    """With another anchor: what was rounded away on the way from the old one is of another life."""
+    from mpi4py import MPI
+
+    p = nn.Parameter(torch.zeros(300, dtype=torch.float64))
+    opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 2, transport="mailbox", wire_dtype="int8")
+    p.grad = -torch.linspace(1, 2, 300, dtype=torch.float64)
+    if MPI.COMM_WORLD.rank == 1:
+        state = copy.deepcopy(opt.state_dict())
+        opt.step()
+        opt.step()
+        assert opt._client.owes
+        opt.load_state_dict(state)
+        assert not opt._client.owes
+    MPI.COMM_WORLD.Barrier()
+
+
+def test_a_restored_worker_owes_nothing():
+    on_ranks(2, restore_and_owe_nothing)
+
+
 def fail_on_rank_1():
     """Rank 1 alone has a parameter that cannot be exchanged."""
     from mpi4py import MPI

@@ -5,14 +5,16 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from mailboxes import state, wait_until
+from mailboxes import state, stderr_to, wait_until
 from ranks import on_ranks
 from test_mailbox import ONE_BLOCK, check_wires, conserve, interleave_all, move_about, refuse
-from test_mailbox_ends import limits
+from test_mailbox_ends import FAILS_AT_ONCE, limits
 from test_overlap import DOUBLES, DTYPES, overlap_and_count
+from test_overlap_torch import train_and_end
 
 from hvd_agn import Center, _core, launch
 from hvd_agn.errors import LaunchError, MPIError, StallError
@@ -57,6 +59,52 @@ def test_overlap(hosts, rma):
         ("auto", [0, 3], "bf16", DOUBLES),
     ]
     on_ranks(4, overlap_and_count, 20, variants, hosts=hosts)
+
+
+@pytest.mark.parametrize("hosted_by", [(1, 0), (0,)], ids=["sharded", "one host"])
+def test_torch_with_overlap_and_wires_loses_nothing(hosts, rma, hosted_by):
+    on_ranks(2, train_and_end, "auto", hosted_by, hosts=hosts)
+
+
+def test_a_host_that_fails_serves_the_others_to_the_end(hosts, rma):
+    done = launch.run_ranks(3, [sys.executable, "-c", FAILS_AT_ONCE], timeout=60, hosts=hosts)
+    assert done.stdout.count("all there: True") == 2, done.stdout + done.stderr
+    assert "[rank 0] hvd_agn: this rank ends with ZeroDivisionError. What it pushed stays" in done.stderr
+
+
+def hold_a_block(folder):
+    """Rank 1, beside the host, stops with a block locked: the host serves rank 2 all others, and says who holds it."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    limits(2)
+    arrays = [np.zeros(128, "f4") for _ in range(24)]  # two in a block
+    center = Center(arrays)
+    pids = comm.allgather(os.getpid())
+    log = os.path.join(folder, "stderr")
+    for array in arrays:
+        array += 1
+    if comm.rank == 1:
+        _core.signal_at(_core.Stage.half_written, 1, signal.SIGSTOP)
+        center.exchange(1)
+    if comm.rank == 2:
+        wait_until(lambda: state(pids[1]) == "T", "rank 1 to stop")
+        with pytest.raises(StallError, match=r"\[rank 2\] hvd_agn: waits for rank 0 to answer block 1; .*given up"):
+            center.exchange(1)
+        os.kill(pids[1], signal.SIGCONT)
+        center.exchange(1)
+    if comm.rank == 0:
+        with stderr_to(log):
+            wait_until(lambda: center.version >= 2, "the other ranks")
+        told = Path(log).read_text()
+        assert "[rank 0] hvd_agn: cannot answer rank 2: block 1 is locked by rank 1, which is stopped" in told
+    comm.Barrier()
+    for value in center.snapshot().values():
+        np.testing.assert_array_equal(value, 2)
+
+
+def test_a_rank_beside_the_host_that_holds_a_block_is_named(hosts, rma, tmp_path):
+    on_ranks(4, hold_a_block, str(tmp_path), hosts=hosts)
 
 
 def stop_the_host():
