@@ -5,6 +5,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <map>
+
 #include "center.hpp"
 #include "comm.hpp"
 #include "exchange.hpp"
@@ -148,6 +151,41 @@ void widen(const std::vector<Buffer>& buffers, const std::vector<Array>& arrays)
   }
 }
 
+Rule rule_of(const std::string& kind, const nb::dict& hyper) {
+  static const char* const kinds[] = {"add",     "sgd",  "momentum",         "adam",   "adagrad",
+                                      "rmsprop", "lion", "delayed_nesterov", "elastic"};
+  static const char* const by_staleness[] = {"none", "inverse", "sqrt"};
+  static const std::map<std::string, bool Rule::*> flags = {
+      {"nesterov", &Rule::nesterov}, {"decoupled", &Rule::decoupled},   {"tf_contrib", &Rule::tf_contrib},
+      {"centered", &Rule::centered}, {"eps_inside", &Rule::eps_inside}, {"follow", &Rule::follow}};
+  static const std::map<std::string, double Rule::*> numbers = {
+      {"scale", &Rule::scale},         {"lr", &Rule::lr},          {"weight_decay", &Rule::weight_decay},
+      {"momentum", &Rule::momentum},   {"beta1", &Rule::beta1},    {"dampening", &Rule::dampening},
+      {"beta2", &Rule::beta2},         {"eps", &Rule::eps},        {"lr_decay", &Rule::lr_decay},
+      {"clip_norm", &Rule::clip_norm}, {"initial", &Rule::initial}};
+  const auto index = [](const auto& names, const std::string& name) {
+    const auto found = std::find(std::begin(names), std::end(names), name) - std::begin(names);
+    HVD_AGN_EXPECTS(found < std::end(names) - std::begin(names), std::invalid_argument, "no ", name);
+    return found;
+  };
+  Rule rule;
+  rule.kind = static_cast<Rule::Kind>(index(kinds, kind));
+  for (const auto& [key, value] : hyper) {
+    const auto name = nb::cast<std::string>(key);
+    if (const auto flag = flags.find(name); flag != flags.end())
+      rule.*flag->second = nb::cast<bool>(value);
+    else if (const auto number = numbers.find(name); number != numbers.end())
+      rule.*number->second = nb::cast<double>(value);
+    else if (name == "staleness")
+      rule.staleness = static_cast<Rule::Staleness>(index(by_staleness, nb::cast<std::string>(value)));
+    else if (name == "every")
+      rule.every = nb::cast<std::uint64_t>(value);
+    else
+      throw nb::key_error(name.c_str());
+  }
+  return rule;
+}
+
 void bind_comm(nb::module_& m) {
   nb::class_<Comm>(m, "Comm", "The plugin's duplicate of a communicator.")
       .def(
@@ -169,17 +207,13 @@ void bind_comm(nb::module_& m) {
 }
 
 void bind_center(nb::module_& m) {
-  nb::class_<Rule>(m, "Rule", "A rule's kind and hyper-parameters.")
-      .def_static(
-          "add", [](double scale) { return Rule{Rule::Kind::add, scale}; }, "scale"_a)
-      .def_static(
-          "sgd",
-          [](double lr, double momentum, double dampening, double weight_decay, bool nesterov) {
-            const auto kind = momentum != 0 ? Rule::Kind::momentum : Rule::Kind::sgd;
-            return Rule{kind, 1, lr, momentum, dampening, weight_decay, nesterov};
-          },
-          "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a)
-      .def_prop_ro("slots", &Rule::slots);
+  nb::class_<Rule>(m, "Rule", "A rule's kind and hyper-parameters, by name.")
+      .def(
+          "__init__",
+          [](Rule* self, const std::string& kind, const nb::dict& hyper) { new (self) Rule(rule_of(kind, hyper)); },
+          "kind"_a, "hyper"_a)
+      .def_prop_ro("slots", &Rule::slots)
+      .def_prop_ro("pushes_values", &Rule::pushes_values);
 
   nb::class_<Layout>(m, "Layout", "Where the arrays lie in the center's blocks.")
       .def(
@@ -252,9 +286,10 @@ void bind_client(nb::module_& m) {
           "center"_a, "buffers"_a, "wire"_a, "overlap"_a, Release())
       .def("bind", &Client::bind, "index"_a, "buffer"_a, Release())
       .def(
-          "exchange", [](Client& self, double steps, bool exact) { return refusal(self.exchange(steps, exact)); },
-          "steps"_a, "exact"_a, Release(), "Index of the array whose delta was refused, or -1.")
-      .def("start", &Client::start, "steps"_a, Release())
+          "exchange",
+          [](Client& self, double steps, bool exact, double lr) { return refusal(self.exchange(steps, exact, lr)); },
+          "steps"_a, "exact"_a, "lr"_a, Release(), "Index of the array whose delta was refused, or -1.")
+      .def("start", &Client::start, "steps"_a, "lr"_a, Release())
       .def_prop_ro("started", &Client::started)
       .def_prop_ro("ready", &Client::ready)
       .def(

@@ -39,20 +39,34 @@ void copy_planes(const Layout& layout, std::size_t block, std::size_t slot_strid
   }
 }
 
+/// Writes planes to a block's image; slots without a plane get what the rule begins with.
+void fill(const Layout& layout, const Rule& rule, std::size_t block, const std::vector<std::vector<void*>>& planes,
+          std::byte* image) {
+  std::memset(image, 0, round_up(layout.block_bytes() * (1 + rule.slots()), Layout::kAlignment));
+  copy_planes<false>(layout, block, layout.block_bytes(), planes, image);
+  if (planes.size() > 1 || rule.slots() == 0) return;
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
+    std::byte* slot = image + layout.block_bytes() + part->block_offset;
+    if (layout.dtype(*part) == DType::f64)
+      std::fill_n(reinterpret_cast<double*>(slot), part->count, rule.initial);
+    else
+      std::fill_n(reinterpret_cast<float*>(slot), part->count, static_cast<float>(rule.initial));
+  }
+}
+
 /// Reads, or writes, the blocks of the shards on other nodes.
 class Copy : public Transfer {
  public:
-  Copy(const Layout& layout, int slots, const std::vector<std::vector<void*>>& planes, Message::Kind kind,
+  Copy(const Layout& layout, const Rule& rule, const std::vector<std::vector<void*>>& planes, Message::Kind kind,
        std::uint64_t version)
-      : layout_(layout), slots_(slots), planes_(planes), kind_(kind), version_(version) {}
+      : layout_(layout), rule_(rule), planes_(planes), kind_(kind), version_(version) {}
 
   void request(Message& head, std::byte* payload) override {
     head.kind = kind_;
     head.version = version_;
     if (kind_ != Message::Kind::write) return;
-    head.payload_bytes = round_up(layout_.block_bytes() * (1 + slots_), Layout::kAlignment);
-    std::memset(payload, 0, head.payload_bytes);
-    copy_planes<false>(layout_, head.block, layout_.block_bytes(), planes_, payload);
+    head.payload_bytes = round_up(layout_.block_bytes() * (1 + rule_.slots()), Layout::kAlignment);
+    fill(layout_, rule_, head.block, planes_, payload);
   }
   void answer(const Message& head, const std::byte* payload) override {
     if (kind_ != Message::Kind::read) return;
@@ -63,7 +77,7 @@ class Copy : public Transfer {
 
  private:
   const Layout& layout_;
-  int slots_;
+  const Rule& rule_;
   const std::vector<std::vector<void*>>& planes_;
   Message::Kind kind_;
   std::uint64_t version_;  // to store; or the largest read
@@ -173,7 +187,7 @@ std::uint64_t Center::read(const std::vector<std::vector<void*>>& planes) {
     }
   }
   if (mailbox() == nullptr) return largest;
-  Copy copy(layout_, rule_.slots(), planes, Message::Kind::read, largest);
+  Copy copy(layout_, rule_, planes, Message::Kind::read, largest);
   mailbox()->run(copy);
   return copy.version();
 }
@@ -182,13 +196,12 @@ void Center::write(const std::vector<std::vector<void*>>& planes, std::uint64_t 
   for (const auto& shard : shards_) {
     for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
       Shard::Block block = shard->lock(b);
-      std::memset(block.spare(), 0, shard->stride());
-      copy_planes<false>(layout_, b, shard->slot_stride(), planes, block.spare());
+      fill(layout_, rule_, b, planes, block.spare());
       block.commit(version);
     }
   }
   if (mailbox() == nullptr) return;
-  Copy copy(layout_, rule_.slots(), planes, Message::Kind::write, version);
+  Copy copy(layout_, rule_, planes, Message::Kind::write, version);
   mailbox()->run(copy);
 }
 

@@ -51,7 +51,7 @@ class Center {
 
   /// Copies the center (plane 0) and the rule's slots (planes 1...) to, or from, one array per segment in the center's
   /// dtype. Each block is consistent in itself: all planes from the same version. read returns the largest version,
-  /// write stores `version` in every block, with slots of 0 if there are no planes for them.
+  /// write stores `version` in every block; slots begin as the rule has it if there are no planes for them.
   std::uint64_t read(const std::vector<std::vector<void*>>& planes);
   void write(const std::vector<std::vector<void*>>& planes, std::uint64_t version);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 
 #include "exchange_remote.hpp"
@@ -151,15 +152,26 @@ std::size_t Client::find_nonfinite() const {
   return kAccepted;
 }
 
-// ---- the exchange
-
-std::size_t Client::exchange(double steps, bool exact) {
-  HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
-  const auto guard = enter_grounded("exchange()");
-  return exchange_all(steps, exact);
+double Client::clipped(double steps) const {
+  const double limit = center_->rule().clip_norm;
+  if (limit <= 0) return steps;
+  const Layout& layout = center_->layout();
+  double squares = 0;
+  for (std::size_t b = 0; b < layout.blocks(); ++b)
+    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part)
+      squares += kernels().distance(buffers_[part->segment].dtype, piece(*part, nullptr, nullptr));
+  return std::max(steps, std::sqrt(squares) / limit);  // of the norm of the mean, 1 / steps
 }
 
-std::size_t Client::exchange_all(double steps, bool exact) {
+// ---- the exchange
+
+std::size_t Client::exchange(double steps, bool exact, double lr) {
+  HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
+  const auto guard = enter_grounded("exchange()");
+  return exchange_all(steps, exact, lr);
+}
+
+std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   const Timed timed(&stats_.seconds, &counts_mutex_);
   if (const std::size_t segment = find_nonfinite(); segment != kAccepted) {
     const std::lock_guard<std::mutex> lock(counts_mutex_);
@@ -169,17 +181,22 @@ std::size_t Client::exchange_all(double steps, bool exact) {
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   next_range_ = Range::normal;
   Mailbox* mailbox = center_->mailbox();
-  Push push(*this, steps, exact);
+  Push push;
+  push.steps = clipped(steps);
+  push.lr = lr;
+  push.power = power_ + steps + 1;
+  PushTransfer transfer(*this, push, exact);
   if (residual_ && !exact) owes_ = true;  // also when it fails half-way
   try {
-    if (mailbox) mailbox->begin(push);
-    for (const auto& shard : center_->shards()) exchange_shard(*shard, steps);
-    if (mailbox) mailbox->wait(push);
+    if (mailbox) mailbox->begin(transfer);
+    for (const auto& shard : center_->shards()) exchange_shard(*shard, push);
+    if (mailbox) mailbox->wait(transfer);
   } catch (...) {
-    if (mailbox) mailbox->cancel(push);
+    if (mailbox) mailbox->cancel(transfer);
     throw;
   }
   const std::lock_guard<std::mutex> lock(counts_mutex_);
+  power_ = push.power;
   anchor_range_ = next_range_;
   if (exact) owes_ = false;
   ++stats_.exchanges;
@@ -187,28 +204,30 @@ std::size_t Client::exchange_all(double steps, bool exact) {
   return kAccepted;
 }
 
-void Client::exchange_shard(Shard& shard, double steps) {
+void Client::exchange_shard(Shard& shard, const Push& push) {
   // Ranks start apart, and put off a block that another holds, so that none queues behind another.
   const std::size_t blocks = shard.end() - shard.begin();
   busy_.clear();
   for (std::size_t i = 0; i < blocks; ++i) {
     const std::size_t b = shard.begin() + (first_block(shard.begin(), shard.end()) + i) % blocks;
     if (auto block = shard.try_lock(b))
-      exchange_block(shard, std::move(*block), b, steps);
+      exchange_block(shard, std::move(*block), b, push);
     else
       busy_.push_back(b);
   }
-  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b), b, steps);
+  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b), b, push);
 }
 
-void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index, double steps) {
+void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push) {
   const Layout& layout = center_->layout();
   const std::uint64_t version = block.version();
+  push.version = version;
+  push.weight = center_->rule().weight(version > seen_[index] ? version - seen_[index] : 0);
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
     if (part != layout.begin(index)) reach(Stage::half_written, index);
-    range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), version == 0, steps,
-                                               from_snapshot_, piece(*part, block.data(), block.spare())));
+    range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), push, from_snapshot_,
+                                               piece(*part, block.data(), block.spare())));
   }
   const bool refused = range == Range::nonfinite;
   if (refused)  // the rule overflowed: the block stays as it was, and this worker takes it over
@@ -236,7 +255,7 @@ void Client::received(std::size_t block, std::uint64_t version, bool pushed, boo
 
 // ---- in the background
 
-void Client::start(double steps) {
+void Client::start(double steps, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("start()");
   HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
@@ -246,7 +265,7 @@ void Client::start(double steps) {
   from_snapshot_ = true;
   landed_ = false;
   try {
-    flight_ = std::async(std::launch::async, [this, steps] { return fly(steps); });
+    flight_ = std::async(std::launch::async, [this, steps, lr] { return fly(steps, lr); });
   } catch (...) {  // no thread to be had
     from_snapshot_ = false;
     throw;
@@ -254,9 +273,9 @@ void Client::start(double steps) {
   started_ = true;
 }
 
-std::size_t Client::fly(double steps) {
+std::size_t Client::fly(double steps, double lr) {
   try {
-    const std::size_t refused = exchange_all(steps, false);
+    const std::size_t refused = exchange_all(steps, false, lr);
     landed_ = true;
     return refused;
   } catch (...) {
@@ -320,7 +339,7 @@ void Client::copy_all(bool theta, bool with_anchor) {
   const Timed timed(&stats_.seconds, &counts_mutex_);
   next_range_ = Range::normal;
   Mailbox* mailbox = center_->mailbox();
-  Pull pull(*this, theta, with_anchor);
+  PullTransfer pull(*this, theta, with_anchor);
   try {
     if (mailbox) mailbox->begin(pull);
     for (const auto& shard : center_->shards()) {

@@ -61,12 +61,13 @@ class Client {
   /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf: then
   /// neither the center nor the buffers were touched. `exact`: in the center's type whatever the wire, with all that
   /// was rounded away before.
-  std::size_t exchange(double steps, bool exact);
+  /// `lr`: the worker's, for a rule that follows it.
+  std::size_t exchange(double steps, bool exact, double lr);
   /// Something was rounded away and is still to be pushed.
   bool owes() const;
 
   /// Takes a snapshot of the buffers and exchanges that in the background.
-  void start(double steps);
+  void start(double steps, double lr);
   /// Whether start() was called without finish(); whether finish() would not wait.
   bool started() const { return started_; }
   bool ready() const { return started_ && landed_; }
@@ -95,8 +96,8 @@ class Client {
   std::size_t extra_bytes() const;
 
  private:
-  class Push;
-  class Pull;
+  class PushTransfer;
+  class PullTransfer;
   /// Of a block, in the exchange under way.
   enum class Progress : std::uint8_t { untouched, sent, done };
 
@@ -105,13 +106,14 @@ class Client {
   std::size_t first_block(std::size_t begin, std::size_t end) const;
   bool finite_block(std::size_t block, std::size_t* segment) const;
   std::size_t find_nonfinite() const;
-  std::size_t exchange_all(double steps, bool exact);
-  void exchange_shard(Shard& shard, double steps);
-  void exchange_block(Shard& shard, Shard::Block block, std::size_t index, double steps);
+  double clipped(double steps) const;
+  std::size_t exchange_all(double steps, bool exact, double lr);
+  void exchange_shard(Shard& shard, const Push& push);
+  void exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push);
   void copy_all(bool theta, bool anchor);
   Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor);
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
-  std::size_t fly(double steps);
+  std::size_t fly(double steps, double lr);
   void settle_untouched();
   Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out) const;
   std::byte* source(const Layout::Part& part) const;
@@ -119,6 +121,7 @@ class Client {
 
   // exchange_remote.cpp
   void ask(Message& head) const;
+  void take_delta(const Layout::Part& part, double steps, std::byte* values, const std::byte* residual) const;
   Range take(const Message& head, const std::byte* payload, bool theta, bool anchor);
   std::byte* residual(std::size_t block) const;
 
@@ -133,6 +136,7 @@ class Client {
   std::vector<std::size_t> offset_;  // of each segment in anchor and snapshot
   std::size_t push_bytes_ = 0;
   std::vector<std::size_t> busy_;  // blocks put off because another held them
+  double power_ = 0;               // steps and pushes so far
 
   std::unique_ptr<std::byte[]> snapshot_;  // with overlap
   bool from_snapshot_ = false;             // the exchange under way is start()'s

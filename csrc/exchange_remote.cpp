@@ -31,18 +31,29 @@ void Client::ask(Message& head) const {
   }
 }
 
-void Client::Push::request(Message& head, std::byte* payload) {
+void Client::take_delta(const Layout::Part& part, double steps, std::byte* values, const std::byte* residual) const {
+  const DType dtype = buffers_[part.segment].dtype;
+  const Piece p = piece(part, nullptr, values);
+  if (center_->rule().pushes_values())
+    kernels().widen(dtype, p.theta, p.out, p.count);
+  else
+    kernels().delta(dtype, steps, p, residual ? residual + part.block_offset : nullptr);
+}
+
+void Client::PushTransfer::request(Message& head, std::byte* payload) {
   Client& c = client_;
   const Layout& layout = c.center_->layout();
   head.kind = Message::Kind::push;
+  head.version = c.seen_[head.block];
+  head.lr = push_.lr;
+  head.power = push_.power;
   head.wire = exact_ ? Wire::center : c.options_.wire;
   c.ask(head);
   const bool rounds = head.wire != Wire::center;
   std::byte* values = rounds ? c.rounded_.data() : payload;
   std::byte* residual = c.residual(head.block);
   for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part)
-    kernels().delta(c.buffers_[part->segment].dtype, steps_, c.piece(*part, nullptr, values),
-                    residual ? residual + part->block_offset : nullptr);
+    c.take_delta(*part, push_.steps, values, residual);
   const std::size_t used = layout.used_bytes(head.block);
   if (rounds) {
     encode_block(layout, head.block, head.wire, values, payload);
@@ -56,7 +67,7 @@ void Client::Push::request(Message& head, std::byte* payload) {
   c.stats_.wire_bytes += head.payload_bytes;
 }
 
-void Client::Pull::request(Message& head, std::byte*) {
+void Client::PullTransfer::request(Message& head, std::byte*) {
   head.kind = Message::Kind::pull;
   client_.ask(head);
   if (head.half_values) return;
@@ -106,17 +117,17 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
   return range;
 }
 
-void Client::Push::answer(const Message& head, const std::byte* payload) {
+void Client::PushTransfer::answer(const Message& head, const std::byte* payload) {
   const Range range = client_.take(head, payload, !client_.from_snapshot_, true);
   client_.received(head.block, head.version, true, head.refused, range);
 }
 
-void Client::Pull::answer(const Message& head, const std::byte* payload) {
+void Client::PullTransfer::answer(const Message& head, const std::byte* payload) {
   const Range range = client_.take(head, payload, theta_, anchor_);
   if (anchor_) client_.received(head.block, head.version, false, false, range);
 }
 
-void Client::Push::abandon(std::size_t block) {
+void Client::PushTransfer::abandon(std::size_t block) {
   // The push will count at the center, but this worker will not learn what became of it: what it sent becomes its
   // anchor, and it asks for the whole block next time.
   Client& c = client_;
@@ -128,7 +139,7 @@ void Client::Push::abandon(std::size_t block) {
   c.anchor_range_ = c.next_range_ = Range::large;  // not looked at
 }
 
-void Client::Pull::abandon(std::size_t block) {
+void Client::PullTransfer::abandon(std::size_t block) {
   client_.whole_[block] = 1;  // the host may remember what this worker has not received
 }
 

@@ -5,22 +5,22 @@
 
 namespace hvd_agn {
 
-class Client::Push : public Transfer {
+class Client::PushTransfer : public Transfer {
  public:
-  Push(Client& client, double steps, bool exact) : client_(client), steps_(steps), exact_(exact) {}
+  PushTransfer(Client& client, const Push& push, bool exact) : client_(client), push_(push), exact_(exact) {}
   void request(Message& head, std::byte* payload) override;
   void answer(const Message& head, const std::byte* payload) override;
   void abandon(std::size_t block) override;
 
  private:
   Client& client_;
-  double steps_;
+  Push push_;
   bool exact_;
 };
 
-class Client::Pull : public Transfer {
+class Client::PullTransfer : public Transfer {
  public:
-  Pull(Client& client, bool theta, bool anchor) : client_(client), theta_(theta), anchor_(anchor) {}
+  PullTransfer(Client& client, bool theta, bool anchor) : client_(client), theta_(theta), anchor_(anchor) {}
   void request(Message& head, std::byte* payload) override;
   void answer(const Message& head, const std::byte* payload) override;
   void abandon(std::size_t block) override;

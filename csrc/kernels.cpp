@@ -18,42 +18,55 @@ enum class Pass {
   apply,     // theta is the delta, and becomes next; no anchor
 };
 
+template <class R>
+constexpr bool pushes_values(const R*) {
+  return false;
+}
+template <class T>
+constexpr bool pushes_values(const Elastic<T>*) {
+  return true;
+}
+
 template <Pass kPass, class R, class T>
-word<T> fused(const R& rule, T steps, T* __restrict theta, T* __restrict anchor, const T* __restrict in,
+word<T> fused(const R& rule, T steps, T weight, T* __restrict theta, T* __restrict anchor, const T* __restrict in,
               T* __restrict out, std::size_t stride, std::size_t count) {
-  const T* __restrict slot_in = R::kSlots ? in + stride : in;
-  T* __restrict slot_out = R::kSlots ? out + stride : out;
+  constexpr bool kValues = pushes_values(static_cast<const R*>(nullptr));
   word<T> largest = 0;
   for (std::size_t i = 0; i < count; ++i) {
+    T slots[R::kSlots + 1];
+    for (int s = 0; s < R::kSlots; ++s) slots[s] = in[(s + 1) * stride + i];
     T delta;
-    if constexpr (kPass == Pass::apply)
+    if constexpr (kPass == Pass::apply || kValues)
       delta = theta[i];
     else
       delta = (theta[i] - anchor[i]) / steps;
-    T slot = T(0);
-    const T next = rule(in[i], delta, slot_in + i, &slot);
-    if constexpr (R::kSlots > 0) {
-      slot_out[i] = slot;
-      largest = larger(largest, magnitude(slot));
+    if constexpr (!kValues) delta *= weight;
+    const T next = rule(in[i], delta, slots);
+    for (int s = 0; s < R::kSlots; ++s) {
+      out[(s + 1) * stride + i] = slots[s];
+      largest = larger(largest, magnitude(slots[s]));
     }
     out[i] = next;
-    if constexpr (kPass != Pass::keep) theta[i] = next;
-    if constexpr (kPass != Pass::apply) anchor[i] = next;
+    T mine = next;
+    if constexpr (kValues) mine = rule.worker(in[i], delta);
+    if constexpr (kPass != Pass::keep) theta[i] = mine;
+    if constexpr (kPass != Pass::apply) anchor[i] = mine;
     largest = larger(largest, magnitude(next));
   }
   return largest;
 }
 
 template <Pass kPass, class R, class H>
-word<float> fused_half(const R& rule, float steps, H* theta, H* anchor, const float* in, float* out, std::size_t stride,
-                       std::size_t count) {
+word<float> fused_half(const R& rule, float steps, float weight, H* theta, H* anchor, const float* in, float* out,
+                       std::size_t stride, std::size_t count) {
   float wide_theta[kChunk], wide_anchor[kChunk];
   word<float> largest = 0;
   for (std::size_t i = 0; i < count; i += kChunk) {
     const std::size_t n = count - i < kChunk ? count - i : kChunk;
     load(theta + i, wide_theta, n);
     load(anchor + i, wide_anchor, n);
-    largest = larger(largest, fused<Pass::keep>(rule, steps, wide_theta, wide_anchor, in + i, out + i, stride, n));
+    largest =
+        larger(largest, fused<Pass::keep>(rule, steps, weight, wide_theta, wide_anchor, in + i, out + i, stride, n));
     // The anchor is the center as this worker sees it, rounded: the rounding is not a delta.
     store(wide_anchor, anchor + i, n);
     if constexpr (kPass != Pass::keep) __builtin_memcpy(theta + i, anchor + i, n * sizeof(H));
@@ -62,49 +75,63 @@ word<float> fused_half(const R& rule, float steps, H* theta, H* anchor, const fl
 }
 
 template <Pass kPass, template <class> class R>
-Range pass_rule(DType dtype, const Rule& rule, bool first, double steps, const Piece& p) {
+Range pass_rule(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
   if (dtype == DType::f64) {
-    return range_of<double>(fused<kPass>(R<double>(rule, first), steps, static_cast<double*>(p.theta),
+    return range_of<double>(fused<kPass>(R<double>(rule, push), push.steps, push.weight, static_cast<double*>(p.theta),
                                          static_cast<double*>(p.anchor), reinterpret_cast<const double*>(p.in),
                                          reinterpret_cast<double*>(p.out), p.slot_stride / sizeof(double), p.count));
   }
-  const R<float> apply(rule, first);
-  const float k = static_cast<float>(steps);
+  const R<float> apply(rule, push);
+  const float k = static_cast<float>(push.steps), weight = static_cast<float>(push.weight);
   const float* in = reinterpret_cast<const float*>(p.in);
   float* out = reinterpret_cast<float*>(p.out);
   const std::size_t stride = p.slot_stride / sizeof(float);
   if constexpr (kPass != Pass::apply) {  // values to apply are of the center's type
     if (dtype == DType::f16)
-      return range_of<float>(fused_half<kPass>(apply, k, static_cast<Half*>(p.theta), static_cast<Half*>(p.anchor), in,
-                                               out, stride, p.count));
+      return range_of<float>(fused_half<kPass>(apply, k, weight, static_cast<Half*>(p.theta),
+                                               static_cast<Half*>(p.anchor), in, out, stride, p.count));
     if (dtype == DType::bf16)
-      return range_of<float>(fused_half<kPass>(apply, k, static_cast<Bfloat*>(p.theta), static_cast<Bfloat*>(p.anchor),
-                                               in, out, stride, p.count));
+      return range_of<float>(fused_half<kPass>(apply, k, weight, static_cast<Bfloat*>(p.theta),
+                                               static_cast<Bfloat*>(p.anchor), in, out, stride, p.count));
   }
-  return range_of<float>(
-      fused<kPass>(apply, k, static_cast<float*>(p.theta), static_cast<float*>(p.anchor), in, out, stride, p.count));
+  return range_of<float>(fused<kPass>(apply, k, weight, static_cast<float*>(p.theta), static_cast<float*>(p.anchor), in,
+                                      out, stride, p.count));
 }
 
 template <Pass kPass>
-Range pass(DType dtype, const Rule& rule, bool first, double steps, const Piece& p) {
+Range pass(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
   switch (rule.kind) {
     case Rule::Kind::add:
-      return pass_rule<kPass, Add>(dtype, rule, first, steps, p);
+      return pass_rule<kPass, Add>(dtype, rule, push, p);
     case Rule::Kind::sgd:
-      return pass_rule<kPass, Sgd>(dtype, rule, first, steps, p);
+      return pass_rule<kPass, Sgd>(dtype, rule, push, p);
     case Rule::Kind::momentum:
-      return pass_rule<kPass, Momentum>(dtype, rule, first, steps, p);
+      return pass_rule<kPass, Momentum>(dtype, rule, push, p);
+    case Rule::Kind::adam:
+      return pass_rule<kPass, Adam>(dtype, rule, push, p);
+    case Rule::Kind::adagrad:
+      return pass_rule<kPass, Adagrad>(dtype, rule, push, p);
+    case Rule::Kind::rmsprop:
+      if (rule.centered && rule.momentum != 0) return pass_rule<kPass, CenteredMomentumRmsprop>(dtype, rule, push, p);
+      if (rule.centered) return pass_rule<kPass, CenteredRmsprop>(dtype, rule, push, p);
+      if (rule.momentum != 0) return pass_rule<kPass, MomentumRmsprop>(dtype, rule, push, p);
+      return pass_rule<kPass, PlainRmsprop>(dtype, rule, push, p);
+    case Rule::Kind::lion:
+      return pass_rule<kPass, Lion>(dtype, rule, push, p);
+    case Rule::Kind::delayed_nesterov:
+      return pass_rule<kPass, DelayedNesterov>(dtype, rule, push, p);
+    case Rule::Kind::elastic:
+      return pass_rule<kPass, Elastic>(dtype, rule, push, p);
   }
   __builtin_unreachable();
 }
 
-Range exchange(DType dtype, const Rule& rule, bool first, double steps, bool keep_theta, const Piece& p) {
-  return keep_theta ? pass<Pass::keep>(dtype, rule, first, steps, p)
-                    : pass<Pass::exchange>(dtype, rule, first, steps, p);
+Range exchange(DType dtype, const Rule& rule, const Push& push, bool keep_theta, const Piece& p) {
+  return keep_theta ? pass<Pass::keep>(dtype, rule, push, p) : pass<Pass::exchange>(dtype, rule, push, p);
 }
 
-Range apply(DType dtype, const Rule& rule, bool first, const Piece& p) {
-  return pass<Pass::apply>(dtype, rule, first, 1, p);
+Range apply(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
+  return pass<Pass::apply>(dtype, rule, push, p);
 }
 
 // ---- pull
@@ -220,6 +247,42 @@ bool finite_delta(DType dtype, const void* theta, const void* anchor, std::size_
   __builtin_unreachable();
 }
 
+// Sums of their own, so that all instruction sets add in the same order.
+template <class T>
+double sum_of_squares(const void* theta, const void* anchor, std::size_t count) {
+  constexpr std::size_t kSums = 8;
+  const T* a = static_cast<const T*>(theta);
+  const T* b = static_cast<const T*>(anchor);
+  double sums[kSums] = {}, sum = 0;
+  std::size_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (std::size_t j = 0; j < kSums; ++j) {
+      const double difference = wide(a[i + j]) - wide(b[i + j]);
+      sums[j] += difference * difference;
+    }
+  }
+  for (; i < count; ++i) {
+    const double difference = wide(a[i]) - wide(b[i]);
+    sums[i % kSums] += difference * difference;
+  }
+  for (const double each : sums) sum += each;
+  return sum;
+}
+
+double distance(DType dtype, const Piece& p) {
+  switch (dtype) {
+    case DType::f32:
+      return sum_of_squares<float>(p.theta, p.anchor, p.count);
+    case DType::f64:
+      return sum_of_squares<double>(p.theta, p.anchor, p.count);
+    case DType::f16:
+      return sum_of_squares<Half>(p.theta, p.anchor, p.count);
+    case DType::bf16:
+      return sum_of_squares<Bfloat>(p.theta, p.anchor, p.count);
+  }
+  __builtin_unreachable();
+}
+
 void widen(DType dtype, const void* values, std::byte* out, std::size_t count) {
   if (dtype == DType::f16)
     load(static_cast<const Half*>(values), reinterpret_cast<float*>(out), count);
@@ -238,6 +301,7 @@ const Kernels set = {HVD_AGN_TEXT(HVD_AGN_ISA),
                      pull,
                      scan,
                      finite_delta,
+                     distance,
                      widen,
                      delta,
                      merge,

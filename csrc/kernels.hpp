@@ -46,17 +46,19 @@ struct Piece {
 
 struct Kernels {
   const char* name;
-  /// delta = (theta - anchor) / steps; out, slots = rule(in, delta); anchor = out, and theta = out unless it is to be
-  /// kept. `first`: the block's first push. Returns the range of `out`.
-  Range (*exchange)(DType, const Rule&, bool first, double steps, bool keep_theta, const Piece&);
-  /// out, slots = rule(in, theta); theta = out. Of the center's type; no anchor.
-  Range (*apply)(DType center, const Rule&, bool first, const Piece&);
+  /// delta = (theta - anchor) / steps; out, slots = rule(in, weight * delta); anchor = out, and theta = out unless it
+  /// is to be kept. Returns the range of `out` and the slots.
+  Range (*exchange)(DType, const Rule&, const Push&, bool keep_theta, const Piece&);
+  /// out, slots = rule(in, weight * theta); theta = out. Of the center's type; no anchor.
+  Range (*apply)(DType center, const Rule&, const Push&, const Piece&);
   /// theta = in and anchor = in, unless null. Returns the range of `in`.
   Range (*pull)(DType, const Piece&);
   /// Range of `count` values of a worker's dtype.
   Range (*scan)(DType, const void* values, std::size_t count);
   /// True if (theta - anchor), computed in the center's type, is finite in every element. Slow, exact.
   bool (*finite_delta)(DType, const void* theta, const void* anchor, std::size_t count);
+  /// Sum of the squares of (theta - anchor).
+  double (*distance)(DType, const Piece&);
   /// values (worker's dtype) to out (center's).
   void (*widen)(DType, const void* values, std::byte* out, std::size_t count);
 

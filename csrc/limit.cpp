@@ -16,6 +16,8 @@ std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes
   for (std::size_t b = 0; b < blocks; ++b) place[b] = b;
   std::size_t spare = blocks;
 
+  Push push;
+  push.steps = 10;
   std::vector<double> seconds;
   for (int r = 0; r < repeats; ++r) {
     const auto start = std::chrono::steady_clock::now();
@@ -27,7 +29,7 @@ std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes
                            reinterpret_cast<std::byte*>(&center[spare * block]),
                            0,
                            std::min(block, count - first)};
-      kernels().exchange(DType::f32, Rule{}, false, 10, false, piece);
+      kernels().exchange(DType::f32, Rule{}, push, false, piece);
       std::swap(place[b], spare);
     }
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());

@@ -38,8 +38,9 @@ struct Message {
     version,  // no payload; answer: none, but the shard's version in `version`
   };
   std::uint64_t block = 0;
-  std::uint64_t version = 0;        // answer: the block's; request to write: what to store
+  std::uint64_t version = 0;        // answer: the block's; push: as the worker last saw it; write: what to store
   std::uint64_t payload_bytes = 0;  // behind this head
+  double lr = 0, power = 0;         // push: as in Push
   std::uint32_t client = 0;         // of the worker's process
   Kind kind = Kind::pull;
   Wire wire = Wire::center;         // of the payload
@@ -48,7 +49,7 @@ struct Message {
   bool difference = false;
   bool mirrored = false;           // the host is to remember what this client has of the block
   bool refused = false;            // answer: the rule overflowed, the block stayed as it was
-  std::uint8_t reserved[29] = {};  // a window's base is aligned to 8 bytes only
+  std::uint8_t reserved[13] = {};  // a window's base is aligned to 8 bytes only
 };
 static_assert(sizeof(Message) == 64);
 

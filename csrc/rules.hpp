@@ -1,5 +1,5 @@
-// What the center does with a pushed delta. Each rule is a pure function of one element; kernels.cpp makes a loop of
-// it.
+// What the center does with a pushed delta. Each rule is a pure function of one element and its slots; kernels.cpp
+// makes a loop of it. hvd_agn/rules.py has the equations and their sources.
 #pragma once
 
 #include <cstdint>
@@ -8,57 +8,239 @@ namespace hvd_agn {
 
 /// A rule with its hyper-parameters, as hvd_agn/rules.py describes them.
 struct Rule {
-  enum class Kind : std::uint8_t { add, sgd, momentum };
+  enum class Kind : std::uint8_t { add, sgd, momentum, adam, adagrad, rmsprop, lion, delayed_nesterov, elastic };
+  enum class Staleness : std::uint8_t { none, inverse, sqrt };
+
   Kind kind = Kind::add;
-  double scale = 1;                                              // add
-  double lr = 0, momentum = 0, dampening = 0, weight_decay = 0;  // sgd, momentum
-  bool nesterov = false;
+  Staleness staleness = Staleness::none;
+  bool nesterov = false;    // momentum
+  bool decoupled = false;   // adam: decay as AdamW
+  bool tf_contrib = false;  // adam: bias correction with the worker's own count, and epsilon outside it
+  bool centered = false;    // rmsprop
+  bool eps_inside = false;  // rmsprop: sqrt(square_avg + eps)
+  bool follow = false;      // the learning rate comes with the push
+  double scale = 1;         // add; elastic: alpha
+  double lr = 0, weight_decay = 0;
+  double momentum = 0, dampening = 0;
+  double beta1 = 0, beta2 = 0;  // adam, lion; rmsprop: beta2 is its alpha
+  double eps = 0, lr_decay = 0;
+  double initial = 0;  // of every element of slot 0
+  std::uint64_t every = 1;
+  double clip_norm = 0;  // of a worker's whole delta; 0: none
 
   /// Arrays of the center's size that the rule keeps at the center.
-  int slots() const { return kind == Kind::momentum ? 1 : 0; }
+  int slots() const {
+    switch (kind) {
+      case Kind::add:
+      case Kind::sgd:
+      case Kind::elastic:
+        return 0;
+      case Kind::momentum:
+      case Kind::adagrad:
+      case Kind::lion:
+        return 1;
+      case Kind::adam:
+      case Kind::delayed_nesterov:
+        return 2;
+      case Kind::rmsprop:
+        return 1 + centered + (momentum != 0);
+    }
+    return 0;
+  }
+  /// Whether a worker pushes its parameters, and not how far they have come.
+  bool pushes_values() const { return kind == Kind::elastic; }
+  /// Of a push that does not know of `missed` others.
+  double weight(std::uint64_t missed) const {
+    const double all = static_cast<double>(missed) + 1;
+    return staleness == Staleness::none ? 1 : 1 / (staleness == Staleness::inverse ? all : __builtin_sqrt(all));
+  }
 };
 
-/// center + scale * delta (Hermans et al. 2017, section 3, with scale 1).
+/// What a push brings besides the delta. Times `weight` it is what the rule is given.
+struct Push {
+  double steps = 1;  // delta = (theta - anchor) / steps, where the delta is still to be taken
+  double weight = 1;
+  std::uint64_t version = 0;  // pushes that the block has had
+  double lr = 0;              // of the worker, for a rule that follows it
+  double power = 0;           // of the worker: its steps and its pushes, this one among them
+};
+
+/// center + scale * delta.
 template <class T>
 struct Add {
   static constexpr int kSlots = 0;
   T scale;
-  Add(const Rule& rule, bool /*first*/) : scale(static_cast<T>(rule.scale)) {}
-  T operator()(T center, T delta, const T*, T*) const { return center + scale * delta; }
+  Add(const Rule& rule, const Push&) : scale(static_cast<T>(rule.scale)) {}
+  T operator()(T center, T delta, T*) const { return center + scale * delta; }
 };
 
-/// SGD at the center with -delta as the gradient (Douillard et al. 2023, algorithm 1), in the order of operations of
-/// torch.optim.SGD.
+/// The others take -delta as their gradient.
 template <class T>
-struct Sgd {
-  static constexpr int kSlots = 0;
+struct Descent {
+  double rate;
   T lr, weight_decay;
-  Sgd(const Rule& rule, bool /*first*/)
-      : lr(static_cast<T>(rule.lr)), weight_decay(static_cast<T>(rule.weight_decay)) {}
-  T operator()(T center, T delta, const T*, T*) const {
-    const T gradient = -delta + weight_decay * center;
-    return center - lr * gradient;
-  }
+  Descent(const Rule& rule, const Push& push)
+      : rate(rule.follow ? push.lr : rule.lr),
+        lr(static_cast<T>(rate)),
+        weight_decay(static_cast<T>(rule.weight_decay)) {}
+  T gradient(T center, T delta) const { return -delta + weight_decay * center; }
 };
 
-/// As Sgd, with a momentum slot. As in torch the first push sets it to the gradient, without dampening.
+/// In the order of operations of torch.optim.SGD.
 template <class T>
-struct Momentum {
+struct Sgd : Descent<T> {
+  static constexpr int kSlots = 0;
+  using Descent<T>::Descent;
+  T operator()(T center, T delta, T*) const { return center - this->lr * this->gradient(center, delta); }
+};
+
+/// As in torch the first push sets the slot to the gradient, without dampening.
+template <class T>
+struct Momentum : Descent<T> {
   static constexpr int kSlots = 1;
-  T lr, weight_decay, momentum, keep, from_gradient, from_slot;
-  Momentum(const Rule& rule, bool first)
-      : lr(static_cast<T>(rule.lr)),
-        weight_decay(static_cast<T>(rule.weight_decay)),
+  T momentum, keep, from_gradient, from_slot;
+  Momentum(const Rule& rule, const Push& push)
+      : Descent<T>(rule, push),
         momentum(static_cast<T>(rule.momentum)),
-        keep(first ? T(1) : static_cast<T>(1 - rule.dampening)),
+        keep(push.version == 0 ? T(1) : static_cast<T>(1 - rule.dampening)),
         from_gradient(rule.nesterov ? T(1) : T(0)),
         from_slot(rule.nesterov ? static_cast<T>(rule.momentum) : T(1)) {}
-  T operator()(T center, T delta, const T* slot_in, T* slot_out) const {
-    const T gradient = -delta + weight_decay * center;
-    const T slot = momentum * *slot_in + keep * gradient;
-    *slot_out = slot;
-    return center - lr * (from_gradient * gradient + from_slot * slot);
+  T operator()(T center, T delta, T* slots) const {
+    const T gradient = this->gradient(center, delta);
+    slots[0] = momentum * slots[0] + keep * gradient;
+    return center - this->lr * (from_gradient * gradient + from_slot * slots[0]);
   }
+};
+
+/// Slots: exp_avg, exp_avg_sq.
+template <class T>
+struct Adam : Descent<T> {
+  static constexpr int kSlots = 2;
+  T keep, from_gradient, from_square, step, scale, eps;
+  Adam(const Rule& rule, const Push& push)
+      : Descent<T>(rule, push),
+        keep(T(1)),
+        from_gradient(static_cast<T>(1 - rule.beta1)),
+        from_square(static_cast<T>(1 - rule.beta2)),
+        eps(static_cast<T>(rule.eps)) {
+    const double t = rule.tf_contrib ? push.power : static_cast<double>(push.version + 1);
+    const double correction1 = 1 - __builtin_pow(rule.beta1, t);
+    const double correction2 = __builtin_sqrt(1 - __builtin_pow(rule.beta2, t));
+    // tf: lr * correction2 / correction1 * m / (sqrt(v) + eps). torch: lr / correction1 * m / (sqrt(v) / correction2 +
+    // eps).
+    step = static_cast<T>(this->rate * (rule.tf_contrib ? correction2 : 1) / correction1);
+    scale = static_cast<T>(rule.tf_contrib ? 1 : 1 / correction2);
+    if (rule.decoupled) {
+      keep = static_cast<T>(1 - this->rate * rule.weight_decay);
+      this->weight_decay = T(0);
+    }
+  }
+  T operator()(T center, T delta, T* slots) const {
+    const T gradient = this->gradient(center, delta);
+    slots[0] = slots[0] + from_gradient * (gradient - slots[0]);
+    slots[1] = slots[1] + from_square * (gradient * gradient - slots[1]);
+    return keep * center - step * slots[0] / (root(slots[1]) * scale + eps);
+  }
+  static float root(float value) { return __builtin_sqrtf(value); }
+  static double root(double value) { return __builtin_sqrt(value); }
+};
+
+/// Slot: sum of squares.
+template <class T>
+struct Adagrad : Descent<T> {
+  static constexpr int kSlots = 1;
+  T eps;
+  Adagrad(const Rule& rule, const Push& push) : Descent<T>(rule, push), eps(static_cast<T>(rule.eps)) {
+    this->lr = static_cast<T>(this->rate / (1 + static_cast<double>(push.version) * rule.lr_decay));
+  }
+  T operator()(T center, T delta, T* slots) const {
+    const T gradient = this->gradient(center, delta);
+    slots[0] = slots[0] + gradient * gradient;
+    return center - this->lr * gradient / (Adam<T>::root(slots[0]) + eps);
+  }
+};
+
+/// Slots: square_avg, then grad_avg if centered, then momentum_buffer if there is a momentum.
+template <bool kCentered, bool kMomentum, class T>
+struct Rmsprop : Descent<T> {
+  static constexpr int kSlots = 1 + kCentered + kMomentum;
+  T from_gradient, momentum, eps_inside, eps_outside;
+  Rmsprop(const Rule& rule, const Push& push)
+      : Descent<T>(rule, push),
+        from_gradient(static_cast<T>(1 - rule.beta2)),
+        momentum(static_cast<T>(rule.momentum)),
+        eps_inside(static_cast<T>(rule.eps_inside ? rule.eps : 0)),
+        eps_outside(static_cast<T>(rule.eps_inside ? 0 : rule.eps)) {}
+  T operator()(T center, T delta, T* slots) const {
+    const T gradient = this->gradient(center, delta);
+    slots[0] = slots[0] + from_gradient * (gradient * gradient - slots[0]);
+    T square = slots[0];
+    if constexpr (kCentered) {
+      slots[1] = slots[1] + from_gradient * (gradient - slots[1]);
+      square = square - slots[1] * slots[1];
+    }
+    T step = gradient / (Adam<T>::root(square + eps_inside) + eps_outside);
+    if constexpr (kMomentum) step = slots[kSlots - 1] = momentum * slots[kSlots - 1] + step;
+    return center - this->lr * step;
+  }
+};
+template <class T>
+using PlainRmsprop = Rmsprop<false, false, T>;
+template <class T>
+using CenteredRmsprop = Rmsprop<true, false, T>;
+template <class T>
+using MomentumRmsprop = Rmsprop<false, true, T>;
+template <class T>
+using CenteredMomentumRmsprop = Rmsprop<true, true, T>;
+
+/// Slot: exp_avg.
+template <class T>
+struct Lion : Descent<T> {
+  static constexpr int kSlots = 1;
+  T keep, look, beta;
+  Lion(const Rule& rule, const Push& push)
+      : Descent<T>(rule, push),
+        keep(static_cast<T>(1 - this->rate * rule.weight_decay)),
+        look(static_cast<T>(1 - rule.beta1)),
+        beta(static_cast<T>(1 - rule.beta2)) {}
+  T operator()(T center, T delta, T* slots) const {
+    const T towards = slots[0] + look * (-delta - slots[0]);
+    slots[0] = slots[0] + beta * (-delta - slots[0]);
+    const T sign = towards > T(0) ? T(1) : towards < T(0) ? T(-1) : T(0);
+    return keep * center - this->lr * sign;
+  }
+};
+
+/// Slots: momentum, sum of the gradients since it was last updated.
+template <class T>
+struct DelayedNesterov : Descent<T> {
+  static constexpr int kSlots = 2;
+  T momentum, share, from_slot, hold;
+  DelayedNesterov(const Rule& rule, const Push& push)
+      : Descent<T>(rule, push), share(static_cast<T>(1.0 / static_cast<double>(rule.every))) {
+    const bool update = (push.version + 1) % rule.every == 0;
+    momentum = update ? static_cast<T>(rule.momentum) : T(1);
+    from_slot = update ? static_cast<T>(rule.momentum) : T(0);
+    hold = update ? T(0) : T(1);
+  }
+  T operator()(T center, T delta, T* slots) const {
+    const T gradient = this->gradient(center, delta);
+    const T sum = slots[1] + gradient;
+    slots[0] = momentum * slots[0] + (T(1) - hold) * (share * sum);
+    slots[1] = hold * sum;
+    return center - this->lr * (from_slot * slots[0] + share * gradient);
+  }
+};
+
+/// Worker and center move towards each other. The value pushed is the worker's, and the worker's share of the move is
+/// that of the center the other way.
+template <class T>
+struct Elastic {
+  static constexpr int kSlots = 0;
+  T alpha;
+  Elastic(const Rule& rule, const Push& push) : alpha(static_cast<T>(rule.scale * push.weight)) {}
+  T operator()(T center, T value, T*) const { return center + alpha * (value - center); }
+  T worker(T center, T value) const { return value - alpha * (value - center); }
 };
 
 }  // namespace hvd_agn

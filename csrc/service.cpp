@@ -76,13 +76,15 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
 
 void Service::push(Shard::Block& block, Message& head, std::byte* values) {
   const std::uint64_t version = block.version();
+  const double weight = rule_.weight(version > head.version ? version - head.version : 0);
+  const Push push = {1, weight, version, head.lr, head.power};
   Range range = Range::normal;
   for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
     if (part != layout_.begin(head.block)) reach(Stage::half_written, head.block);
     const std::size_t at = part->block_offset;
     const Piece piece = {values + at,           nullptr,    block.data() + at, block.spare() + at,
                          shard_->slot_stride(), part->count};
-    range = std::max(range, kernels().apply(layout_.dtype(*part), rule_, version == 0, piece));
+    range = std::max(range, kernels().apply(layout_.dtype(*part), rule_, push, piece));
   }
   head.refused = range == Range::nonfinite;
   if (head.refused) {

@@ -37,16 +37,15 @@ class Comm:
     def free(self) -> None: ...
 
 class Rule:
-    """A rule's kind and hyper-parameters."""
+    """A rule's kind and hyper-parameters, by name."""
 
-    @staticmethod
-    def add(scale: float) -> Rule: ...
-
-    @staticmethod
-    def sgd(lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> Rule: ...
+    def __init__(self, kind: str, hyper: dict) -> None: ...
 
     @property
     def slots(self) -> int: ...
+
+    @property
+    def pushes_values(self) -> bool: ...
 
 class Layout:
     """Where the arrays lie in the center's blocks."""
@@ -111,10 +110,10 @@ class Client:
 
     def bind(self, index: int, buffer: Buffer) -> None: ...
 
-    def exchange(self, steps: float, exact: bool) -> int:
+    def exchange(self, steps: float, exact: bool, lr: float) -> int:
         """Index of the array whose delta was refused, or -1."""
 
-    def start(self, steps: float) -> None: ...
+    def start(self, steps: float, lr: float) -> None: ...
 
     @property
     def started(self) -> bool: ...

@@ -83,11 +83,13 @@ def exchange_rank(options: dict[str, Any]) -> None:
 
     Args:
         options: ``params``; ``center``: arguments of :class:`hvd_agn.Center`; ``rounds``; ``alone``: leave out what the
-            exchange is compared with.
+            exchange is compared with; ``idle``: ranks that do not exchange.
     """
     MPI = mpi.initialize()
     comm = MPI.COMM_WORLD
     params, rounds, alone = options["params"], options.get("rounds", ROUNDS), options.get("alone", False)
+    idle = options.get("idle", [])
+    exchanges = 0 if comm.rank in idle else EXCHANGES_PER_ROUND
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         center = Center([theta := np.zeros(params, np.float32)], **options["center"])
@@ -105,7 +107,7 @@ def exchange_rank(options: dict[str, Any]) -> None:
         theta += 1.0
         _sleeping_barrier(comm)
         start = time.monotonic()
-        own += [_timed(lambda: center.exchange(PERIOD)) for _ in range(EXCHANGES_PER_ROUND)]
+        own += [_timed(lambda: center.exchange(PERIOD)) for _ in range(exchanges)]
         end = time.monotonic()
         _sleeping_barrier(comm)  # a host that polls in an allreduce would take the core from its mailbox
         spans.append(comm.allreduce(end, op=MPI.MAX) - comm.allreduce(start, op=MPI.MIN))
@@ -116,7 +118,7 @@ def exchange_rank(options: dict[str, Any]) -> None:
             by_hand.append(_timed(naive.exchange))
         _sleeping_barrier(comm)
     # The host's own exchange is direct: of all ranks, the slowest is reported.
-    slowest = comm.allreduce(statistics.median(own[EXCHANGES_PER_ROUND:]), op=MPI.MAX)
+    slowest = comm.allreduce(statistics.median(own[exchanges:] or [0.0]), op=MPI.MAX)
     slowest_by_hand = comm.allreduce(statistics.median(by_hand[1:]) if by_hand else 0.0, op=MPI.MAX)
     if naive is not None:
         naive.close()
@@ -127,7 +129,7 @@ def exchange_rank(options: dict[str, Any]) -> None:
             "params": params,
             "limit_ms": 1e3 * min(limit[1:]),
             "exchange_ms": 1e3 * slowest,
-            "per_exchange_ms": 1e3 * sum(spans[1:]) / (rounds * EXCHANGES_PER_ROUND * comm.size),
+            "per_exchange_ms": 1e3 * sum(spans[1:]) / (rounds * EXCHANGES_PER_ROUND * (comm.size - len(idle))),
         }
         result["exchange_over_limit"] = result["exchange_ms"] / result["limit_ms"]
         result["per_exchange_over_limit"] = result["per_exchange_ms"] / result["limit_ms"]

@@ -1,5 +1,6 @@
-"""``python -m hvd_agn bench multihost``: exchanges between two emulated hosts, fast and behind a slow link."""
+"""``python -m hvd_agn bench multihost``: exchanges between emulated hosts, with fast links and with slow ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from . import bench
@@ -8,7 +9,8 @@ from .hosts import EmulatedHosts
 RATE = "1gbit"
 COLUMNS: bench.Columns = (
     ("what", "what", "{}"),
-    ("ranks", "ranks", "{:d}"),
+    ("hosts", "hosts", "{:d}"),
+    ("workers", "workers", "{:d}"),
     ("shards", "shards", "{:d}"),
     ("wire", "wire", "{}"),
     ("link", "link", "{}"),
@@ -36,6 +38,8 @@ def run(params: int) -> list[dict[str, Any]]:
         rows += [_row(hosts, params, 2, link=RATE, wire=wire) for wire in (None, "bf16", "fp16", "int8")]
         rows.append(_row(hosts, params, 2, link=RATE, overlap=True))
         rows += [_row(hosts, params, 4, link=RATE, shards=shards) for shards in ([0], [0, 2])]
+    with EmulatedHosts(6, rate=RATE) as hosts:  # two that only host, four that only train
+        rows += [_row(hosts, params, 6, link=RATE, shards=shards, idle=[0, 1]) for shards in ([0], [0, 1])]
     return rows
 
 
@@ -48,14 +52,18 @@ def _row(
     wire: str | None = None,
     shards: list[int] | None = None,
     overlap: bool = False,
+    idle: Sequence[int] = (),
 ) -> dict[str, Any]:
     fast = link != RATE
     hosted_by = shards or [0]
     center = {"center_ranks": hosted_by, "wire_dtype": wire, "overlap": overlap}
-    options = {"params": params, "center": center, "rounds": bench.ROUNDS if fast else 1, "alone": not fast or overlap}
+    rounds, alone = bench.ROUNDS if fast else 1, not fast or overlap
+    options = {"params": params, "center": center, "rounds": rounds, "alone": alone, "idle": list(idle)}
     found = bench.run_job(ranks, options, hosts)
     found |= {
         "what": "overlap" if overlap else "exchange",
+        "hosts": len(hosts.names),
+        "workers": ranks - len(idle),
         "shards": len(hosted_by),
         "wire": wire or "fp32",
     }

@@ -107,6 +107,8 @@ class Center:
         self.rule = rules.Add() if rule is None else rule
         if not isinstance(self.rule, rules.Rule):
             raise ConfigError(f"rule={rule!r}: give one of hvd_agn.rules, such as rules.Add().")
+        if wire_dtype is not None and self.rule._native().pushes_values:
+            raise ConfigError(f"wire_dtype={wire_dtype!r}: {self.rule} pushes parameters, not deltas. Leave it out.")
         self._on_nonfinite = on_nonfinite
         self._native: _core.Center | None = None
         self._clients: list[Client] = []
@@ -284,7 +286,7 @@ class Center:
         self._clients.append(made)
         return made
 
-    def exchange(self, steps: float = 1, *, exact: bool = False) -> bool:
+    def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | None = None) -> bool:
         """As :meth:`Client.exchange`, for this center's arrays.
 
         Raises:
@@ -293,7 +295,7 @@ class Center:
         self._open()
         if self._owner is not None:
             raise UsageError(f"{self.label}: this center is an optimizer's. Call its step() or flush().")
-        return self.arrays_client.exchange(steps, exact=exact)
+        return self.arrays_client.exchange(steps, exact=exact, lr=lr)
 
     def pull(self) -> None:
         """As :meth:`Client.pull`, for this center's arrays, or the optimizer's that owns it."""

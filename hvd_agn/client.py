@@ -66,12 +66,13 @@ class Client:
             raise UsageError(f"{self._center.label}: used after close().")
         return self._native
 
-    def exchange(self, steps: float = 1, *, exact: bool = False) -> bool:
+    def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | None = None) -> bool:
         """Push ``(arrays - anchor) / steps``, and set arrays and anchor to the center.
 
         Args:
             steps: local steps since the last exchange, above 0.
             exact: push in the center's own type, with all that ``wire_dtype`` has rounded away so far.
+            lr: this worker's learning rate now, for a rule with ``lr="follow"``, and for no other.
 
         Returns:
             True, or False if the delta had a NaN or an Inf and was refused: then the center was not touched and the
@@ -79,11 +80,11 @@ class Client:
 
         Raises:
             NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
-            UsageError: the center is closed, or an exchange is under way in the background.
+            UsageError: the center is closed, an exchange is under way in the background, or ``lr`` is missing.
             StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. What was not pushed is still in the
                 arrays, for the next exchange.
         """
-        return self._accept(self._open().exchange(steps, exact))
+        return self._accept(self._open().exchange(steps, exact, self._rate(lr)))
 
     def _accept(self, refused: int) -> bool:
         if refused < 0:
@@ -104,16 +105,23 @@ class Client:
         )
         return False
 
-    def start(self, steps: float = 1) -> None:
+    def start(self, steps: float = 1, *, lr: float | None = None) -> None:
         """Begin an exchange of the arrays as they are now, in the background; they may change meanwhile.
 
         Args:
             steps: local steps since the last exchange began, above 0.
+            lr: as of :meth:`exchange`.
 
         Raises:
-            UsageError: the client was not made with ``overlap=True``, or an exchange is under way.
+            UsageError: the client was not made with ``overlap=True``, an exchange is under way, or ``lr`` is missing.
         """
-        self._open().start(steps)
+        self._open().start(steps, self._rate(lr))
+
+    def _rate(self, lr: float | None) -> float:
+        if (lr is None) == self._center.rule.follows:
+            what = "needs the worker's learning rate: give lr=" if lr is None else "has its own learning rate: no lr="
+            raise UsageError(f"{self._center.label}: {self._center.rule} {what}.")
+        return lr or 0.0
 
     @property
     def started(self) -> bool:

@@ -1,37 +1,84 @@
 """What the center does with a pushed delta.
 
 A rule is an immutable description; the arithmetic is in the native core (``csrc/rules.hpp``) and runs inside the fused
-pass over each block. ``delta = (theta - anchor) / k`` is the mean update of a worker over its k local steps.
+pass over each block. ``delta = (theta - anchor) / k`` is the mean update of a worker over its k local steps. Rules that
+are optimizers take ``g = -delta`` as their gradient (Douillard et al. 2023, arXiv 2311.08105, algorithm 1), and ``t``
+is the number of pushes that the block has had, this one among them. Slots live at the center; all workers share them.
 """
 
+import dataclasses
 import numbers
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from . import _core
 from .errors import ConfigError
 
+STALENESS = ("none", "inverse", "sqrt")
+BIAS_CORRECTIONS = ("torch", "tf_contrib")
+FOLLOW = "follow"
 
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Rule:
-    """Base of all rules."""
+    """Base of all rules, and what can be added to any of them.
+
+    Args:
+        staleness: factor on a delta whose worker has missed ``tau`` pushes of others to the block since it last pulled
+            it: ``"none"``: 1; ``"inverse"``: ``1 / (tau + 1)`` (DynSGD: Jiang, Cui, Zhang, Yu, SIGMOD 2017, section
+            4); ``"sqrt"``: ``1 / sqrt(tau + 1)``.
+        clip_norm: a delta whose Euclidean norm over all arrays is larger is scaled to this norm, by the worker that
+            pushes it. Costs one more reading of its parameters and anchor.
+    """
 
     slots: ClassVar[tuple[str, ...]] = ()
     """Names of the arrays that rules of this type may keep at the center, each as large as the center."""
 
+    staleness: str = STALENESS[0]
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.staleness not in STALENESS:
+            raise ConfigError(f"{self._label}: staleness={self.staleness!r}: give one of {', '.join(STALENESS)}.")
+        if self.clip_norm is not None:
+            _finite(self, "clip_norm", above=0)
+
     @property
-    def factor(self) -> float:
-        """How far the center moves for a delta of 1, without momentum."""
-        raise TypeError(f"{type(self).__name__} is not a rule: use hvd_agn.rules.Add or hvd_agn.rules.SGD.")
+    def _label(self) -> str:
+        return f"rules.{type(self).__name__}"
+
+    def __repr__(self) -> str:
+        modifiers = {field.name: field.default for field in dataclasses.fields(Rule)}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shown = {name: v for name, v in own.items() if name not in modifiers}
+        shown |= {name: own[name] for name, default in modifiers.items() if own[name] != default}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @property
+    def factor(self) -> float | None:
+        """How far the center moves for a delta of 1, without momentum; None where that depends on more than delta."""
+        return None
+
+    @property
+    def follows(self) -> bool:
+        """Whether the learning rate is that of the worker that pushes."""
+        return getattr(self, "lr", None) == FOLLOW
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        raise TypeError(f"{type(self).__name__} is not a rule: use one of hvd_agn.rules, such as rules.Add().")
 
     def _native(self) -> _core.Rule:
-        raise TypeError(f"{type(self).__name__} is not a rule: use hvd_agn.rules.Add or hvd_agn.rules.SGD.")
+        kind, hyper = self._kind()
+        if hyper.get("lr") == FOLLOW:
+            hyper |= {"lr": 0.0, "follow": True}
+        return _core.Rule(kind, hyper | {"staleness": self.staleness, "clip_norm": self.clip_norm or 0.0})
 
     def active_slots(self) -> tuple[str, ...]:
         """The slots that this rule keeps, with its hyper-parameters."""
         return self.slots[: self._native().slots]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Add(Rule):
     """``center <- center + scale * delta``.
 
@@ -44,28 +91,27 @@ class Add(Rule):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _finite(self, "scale")
 
     @property
     def factor(self) -> float:  # noqa: D102 (inherited)
         return abs(self.scale)
 
-    def _native(self) -> _core.Rule:
-        return _core.Rule.add(self.scale)
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        return "add", {"scale": self.scale}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SGD(Rule):
-    """Stochastic gradient descent at the center, with ``g = -delta`` as its gradient.
+    """Stochastic gradient descent at the center: the outer optimizer of DiLoCo, as ``torch.optim.SGD`` does it.
 
-    The outer optimizer of DiLoCo (Douillard et al. 2023, arXiv 2311.08105, algorithm 1), in the arithmetic and with the
-    meaning of ``torch.optim.SGD``: ``g <- g + weight_decay * center``;
-    ``slot <- momentum * slot + (1 - dampening) * g`` (the first push sets ``slot <- g``);
-    ``center <- center - lr * slot``, or with Nesterov ``center <- center - lr * (g + momentum * slot)``.
-    One slot if ``momentum`` is not 0.
+    ``g <- g + weight_decay * center``; ``slot <- momentum * slot + (1 - dampening) * g`` (the first push sets
+    ``slot <- g``); ``center <- center - lr * slot``, or ``center - lr * (g + momentum * slot)`` with Nesterov. One
+    slot if ``momentum`` is not 0.
 
     Args:
-        lr: learning rate, at least 0.
+        lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
         momentum: at least 0.
         nesterov: needs a momentum and no dampening.
         dampening: of the momentum.
@@ -74,31 +120,296 @@ class SGD(Rule):
 
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    lr: float
+    lr: float | str
     momentum: float = 0.0
     nesterov: bool = False
     dampening: float = 0.0
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _finite(self, "lr", "momentum", "dampening", "weight_decay")
-        for name in ("lr", "momentum", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rules.SGD: {name}={getattr(self, name)}: give 0 or more.")
+        super().__post_init__()
+        _learning_rate(self)
+        _finite(self, "momentum", "weight_decay", least=0)
+        _finite(self, "dampening")
         if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
             raise ConfigError("rules.SGD: nesterov=True needs momentum > 0 and dampening=0.")
 
     @property
-    def factor(self) -> float:  # noqa: D102 (inherited)
-        return self.lr
+    def factor(self) -> float | None:  # noqa: D102 (inherited)
+        return None if isinstance(self.lr, str) else self.lr
 
-    def _native(self) -> _core.Rule:
-        return _core.Rule.sgd(self.lr, self.momentum, self.dampening, self.weight_decay, self.nesterov)
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        return "momentum" if self.momentum else "sgd", _hyper(self)
 
 
-def _finite(rule: Rule, *names: str) -> None:
+@dataclass(frozen=True, repr=False)
+class Adam(Rule):
+    """Adam at the center (Kingma, Ba, ICLR 2015, arXiv 1412.6980, algorithm 1), as ``torch.optim.Adam`` does it.
+
+    ``g <- g + weight_decay * center``; ``m <- m + (1 - beta1) * (g - m)``; ``v <- v + (1 - beta2) * (g^2 - v)``;
+    ``center <- center - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)``. Slots: ``exp_avg`` (m) and
+    ``exp_avg_sq`` (v).
+
+    Args:
+        lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
+        betas: of m and v, each from 0 to below 1.
+        eps: at least 0.
+        weight_decay: L2 factor, at least 0.
+        bias_correction: ``"torch"``: as above. ``"tf_contrib"``: what ``tf.contrib.opt.AGNOptimizer`` did, for
+            comparisons with it: instead of ``t`` the steps and the pushes of the pushing worker alone, and ``eps``
+            added to ``sqrt(v)`` before the correction.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    _decoupled: ClassVar[bool] = False
+
+    lr: float | str = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    bias_correction: str = BIAS_CORRECTIONS[0]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _learning_rate(self)
+        _betas(self)
+        _finite(self, "eps", "weight_decay", least=0)
+        if self.bias_correction not in BIAS_CORRECTIONS:
+            choices = ", ".join(BIAS_CORRECTIONS)
+            raise ConfigError(f"{self._label}: bias_correction={self.bias_correction!r}: give one of {choices}.")
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        correction = {"tf_contrib": self.bias_correction == "tf_contrib", "decoupled": self._decoupled}
+        return "adam", _hyper(self, "betas", "bias_correction") | correction
+
+
+@dataclass(frozen=True, repr=False)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov, Hutter, ICLR 2019, arXiv 1711.05101), as ``torch.optim.AdamW``.
+
+    As :class:`Adam`, but ``g`` stays as it is, and the center is multiplied by ``1 - lr * weight_decay`` instead.
+    """
+
+    _decoupled: ClassVar[bool] = True
+
+    weight_decay: float = 1e-2
+
+
+@dataclass(frozen=True, repr=False)
+class Adagrad(Rule):
+    """Adagrad at the center (Duchi, Hazan, Singer, JMLR 2011), as ``torch.optim.Adagrad`` does it.
+
+    ``g <- g + weight_decay * center``; ``sum <- sum + g^2``;
+    ``center <- center - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(sum) + eps)``. Slot: ``sum``.
+
+    Args:
+        lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
+        lr_decay: at least 0.
+        weight_decay: L2 factor, at least 0.
+        initial_accumulator_value: of ``sum``, at least 0. TensorFlow's default is 0.1, with ``eps=0``.
+        eps: at least 0.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("sum",)
+
+    lr: float | str = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _learning_rate(self)
+        _finite(self, "lr_decay", "weight_decay", "initial_accumulator_value", "eps", least=0)
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        hyper = _hyper(self)
+        return "adagrad", hyper | {"initial": hyper.pop("initial_accumulator_value")}
+
+
+@dataclass(frozen=True, repr=False)
+class RMSprop(Rule):
+    """RMSprop at the center (Tieleman, Hinton, lecture 6.5 of *Neural Networks for Machine Learning*, 2012).
+
+    As ``torch.optim.RMSprop`` does it: ``g <- g + weight_decay * center``; ``s <- s + (1 - alpha) * (g^2 - s)``; if
+    centered ``a <- a + (1 - alpha) * (g - a)`` and ``s - a^2`` takes the place of ``s`` in the next line;
+    ``step = g / (sqrt(s) + eps)``; with a momentum ``step = buffer <- momentum * buffer + step``;
+    ``center <- center - lr * step``. Slots: ``square_avg`` (s); ``grad_avg`` (a) if centered; ``momentum_buffer`` if
+    ``momentum`` is not 0.
+
+    Args:
+        lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
+        alpha: from 0 to below 1.
+        eps: at least 0.
+        weight_decay: L2 factor, at least 0.
+        momentum: at least 0.
+        centered: divide by the deviation from the mean gradient.
+        eps_inside_root: ``sqrt(s + eps)``, as TensorFlow has it, instead of ``sqrt(s) + eps``.
+        initial_square_avg: of ``s``, at least 0. It is 1 in TensorFlow 1.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("square_avg", "grad_avg", "momentum_buffer")
+
+    lr: float | str = 1e-2
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+    eps_inside_root: bool = False
+    initial_square_avg: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _learning_rate(self)
+        _finite(self, "alpha", least=0, below=1)
+        _finite(self, "eps", "weight_decay", "momentum", "initial_square_avg", least=0)
+
+    def active_slots(self) -> tuple[str, ...]:  # noqa: D102 (inherited)
+        return tuple(slot for slot, on in zip(self.slots, (True, self.centered, self.momentum), strict=True) if on)
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        hyper = _hyper(self)
+        renamed = {"beta2": "alpha", "eps_inside": "eps_inside_root", "initial": "initial_square_avg"}
+        return "rmsprop", hyper | {new: hyper.pop(old) for new, old in renamed.items()}
+
+
+@dataclass(frozen=True, repr=False)
+class Lion(Rule):
+    """Lion at the center (Chen et al., NeurIPS 2023, arXiv 2302.06675, algorithm 2).
+
+    ``u = beta1 * m + (1 - beta1) * g``; ``m <- beta2 * m + (1 - beta2) * g``;
+    ``center <- center - lr * (sign(u) + weight_decay * center)``. Slot: ``exp_avg`` (m).
+
+    Args:
+        lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
+        betas: each from 0 to below 1.
+        weight_decay: decoupled, at least 0.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    lr: float | str = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _learning_rate(self)
+        _betas(self)
+        _finite(self, "weight_decay", least=0)
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        return "lion", _hyper(self, "betas")
+
+
+@dataclass(frozen=True, repr=False)
+class DelayedNesterov(Rule):
+    """Nesterov's momentum, updated by every Nth push only (Liu et al. 2024, arXiv 2401.09135, algorithm 3 with c = 0).
+
+    ``buffer <- buffer + g``. If N divides ``t``: ``m <- momentum * m + buffer / N``, ``buffer <- 0``,
+    ``center <- center - lr * (momentum * m + g / N)``. Otherwise ``center <- center - lr * g / N``. Slots: ``momentum``
+    (m) and ``buffer``.
+
+    Args:
+        lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
+        momentum: at least 0.
+        every: N, at least 1; the number of workers is a good choice.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("momentum", "buffer")
+
+    lr: float | str
+    momentum: float
+    every: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _learning_rate(self)
+        _finite(self, "momentum", least=0)
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or not 1 <= self.every < 2**31:
+            raise ConfigError(f"{self._label}: every={self.every!r}: give a whole number of pushes, 1 or more.")
+
+    @property
+    def factor(self) -> float | None:  # noqa: D102 (inherited)
+        return None if isinstance(self.lr, str) else self.lr / self.every
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        return "delayed_nesterov", _hyper(self)
+
+
+@dataclass(frozen=True, repr=False)
+class Elastic(Rule):
+    """Worker and center move towards each other (EASGD: Zhang, Choromanska, LeCun, NeurIPS 2015, arXiv 1412.6651).
+
+    ``d = theta - center``; ``theta <- theta - alpha * d``; ``center <- center + alpha * d``. A worker pushes its
+    parameters and keeps ones of its own; the number of local steps does not count. ``clip_norm`` and ``wire_dtype`` are
+    refused: there is no delta to clip or to round.
+
+    Args:
+        alpha: above 0, at most 1. The paper has 0.9 divided by the number of workers.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _finite(self, "alpha", above=0, most=1)
+        if self.clip_norm is not None:
+            raise ConfigError("rules.Elastic: clip_norm: workers push parameters, there is no delta to clip.")
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        return "elastic", {"scale": self.alpha}
+
+
+# ---- checks of hyper-parameters
+
+
+def _hyper(rule: Any, *others: str) -> dict[str, Any]:
+    """The rule's own fields by name, but for ``others``; ``betas`` as the core has them."""
+    modifiers = {field.name for field in dataclasses.fields(Rule)}
+    hyper = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if f.name not in {*modifiers, *others}}
+    return hyper | (dict(zip(("beta1", "beta2"), rule.betas, strict=True)) if "betas" in others else {})
+
+
+def _finite(
+    rule: Rule,
+    *names: str,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    bounds = {"at least": least, "above": above, "below": below, "at most": most}
+    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
     for name in names:
         value = getattr(rule, name)
-        if not isinstance(value, numbers.Real) or not abs(float(value)) < float("inf"):
-            raise ConfigError(f"rules.{type(rule).__name__}: {name}={value!r}: give a finite number.")
-        object.__setattr__(rule, name, float(value))  # 1 and 1.0 are one rule
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not abs(float(value)) < float("inf"):
+            raise ConfigError(f"{rule._label}: {name}={value!r}: give a finite number{wanted and ', ' + wanted}.")
+        number = float(value)
+        if (
+            (least is not None and number < least)
+            or (above is not None and number <= above)
+            or (below is not None and number >= below)
+            or (most is not None and number > most)
+        ):
+            raise ConfigError(f"{rule._label}: {name}={value!r}: give a number {wanted}.")
+        object.__setattr__(rule, name, number)  # 1 and 1.0 are one rule
+
+
+def _learning_rate(rule: Any) -> None:
+    if rule.lr != FOLLOW:
+        if isinstance(rule.lr, str):
+            raise ConfigError(f"{rule._label}: lr={rule.lr!r}: give a number, or {FOLLOW!r}.")
+        _finite(rule, "lr", least=0)
+
+
+def _betas(rule: Any) -> None:
+    try:
+        first, second = (float(beta) for beta in rule.betas)
+    except (TypeError, ValueError):
+        first = second = -1.0
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ConfigError(f"{rule._label}: betas={rule.betas!r}: give two numbers from 0 to below 1.")
+    object.__setattr__(rule, "betas", (first, second))

@@ -125,6 +125,8 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def _warn_if_stale(self) -> None:
         factor = self.center.rule.factor
+        if factor is None:
+            return
         ratio = factor * self.center.size / self.communication_period
         if ratio > config.STALENESS_LIMIT and self.center.rank == 0:
             period = math.ceil(factor * self.center.size / config.STALENESS_LIMIT)
@@ -330,19 +332,31 @@ class AGNOptimizer(torch.optim.Optimizer):
         if self._steps_since_exchange == 0:  # the one before was refused, and the steps since with it
             return
         self._read()
-        self._client.start(self._steps_since_exchange)
+        self._client.start(self._steps_since_exchange, lr=self._rate())
         self._steps_under_way, self._steps_since_exchange = self._steps_since_exchange, 0
 
     def _exchange_now(self, *, exact: bool) -> None:
         self._read()
         try:
-            self._client.exchange(max(self._steps_since_exchange, 1), exact=exact)
+            self._client.exchange(max(self._steps_since_exchange, 1), exact=exact, lr=self._rate())
         except NonFiniteWarning:  # made an error by a filter: the parameters are the center's all the same
             self._steps_since_exchange = 0
             raise
         finally:
             self._parameters.write_back()
         self._steps_since_exchange = 0
+
+    def _rate(self) -> float | None:
+        """For a rule that follows it."""
+        if not self.center.rule.follows:
+            return None
+        rates = {float(group["lr"]) for group in self.param_groups}
+        if len(rates) > 1:
+            raise ConfigError(
+                f"{self.center.label}: {self.center.rule} follows one learning rate, the parameter groups have "
+                f"{sorted(rates)}. Give the rule a number, or wrap one optimizer per group."
+            )
+        return rates.pop()
 
     def _land(self) -> None:
         """End the exchange in the background, if there is one: wait for it, and merge what it brought."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_agn import Center, rules
+from hvd_agn import Center
 
 
 def wait_until(condition, what):
@@ -24,10 +24,6 @@ def state(pid):
         return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return "X"
-
-
-def native_rule(name, hyper):
-    return rules.Add(**hyper) if name == "add" else rules.SGD(**hyper)
 
 
 @contextlib.contextmanager

@@ -56,8 +56,8 @@ def test_a_start_that_is_not_finite():
     [
         (lambda: rules.Add(scale=float("nan")), "rules.Add: scale=nan: give a finite number"),
         (lambda: rules.Add(scale="1"), "rules.Add: scale='1': give a finite number"),
-        (lambda: rules.SGD(lr=-1), "rules.SGD: lr=-1.0: give 0 or more"),
-        (lambda: rules.SGD(lr=1, momentum=-0.1), "momentum=-0.1: give 0 or more"),
+        (lambda: rules.SGD(lr=-1), "rules.SGD: lr=-1: give a number at least 0"),
+        (lambda: rules.SGD(lr=1, momentum=-0.1), "momentum=-0.1: give a number at least 0"),
         (lambda: rules.SGD(lr=1, nesterov=True), "nesterov=True needs momentum > 0 and dampening=0"),
         (lambda: Center([np.zeros(1, np.float32)], rule="add"), "rule='add': give one of hvd_agn.rules"),
         (lambda: Center([np.zeros(1, np.float32)], comm=7), "comm=7: give an mpi4py communicator, or None"),

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from mailboxes import at_a_worker, native_rule, same, state, wait_until
+from mailboxes import at_a_worker, same, state, wait_until
 from ranks import on_ranks
-from reference import ReferenceCenter, ReferenceClient, wide
+from reference import FEW_RULES, ReferenceCenter, ReferenceClient, wide
 
 from hvd_agn import Center, _core
 from hvd_agn.errors import NonFiniteError, NonFiniteWarning, StallError, UsageError
@@ -70,14 +70,14 @@ class OverlapClient(ReferenceClient):
             theta[...] = (wide(theta) + (wide(c) - wide(s))).astype(theta.dtype)
 
 
-def random_schedule(make, name, hyper, dtypes, seed):
+def random_schedule(make, rule, dtypes, seed):
     """Steps, starts, finishes and exchanges in any order; each start lands before the next, so that all is known."""
     rng = np.random.default_rng(seed)
     initial = [rng.standard_normal(s).astype(t) for s, t in zip(SHAPES, dtypes, strict=True)]
-    reference = ReferenceCenter(initial, name, **hyper)
+    reference = ReferenceCenter(initial, rule)
     theirs = [OverlapClient(reference, [a.dtype for a in initial]) for _ in range(3)]
     ours = [[a.copy() for a in initial] for _ in range(3)]
-    center = make(ours[0], native_rule(name, hyper), overlap=True)
+    center = make(ours[0], rule, overlap=True)
     clients = [center.arrays_client] + [center.client(arrays) for arrays in ours[1:]]
     for _ in range(40):
         who, what, steps = int(rng.integers(3)), rng.random(), int(rng.integers(1, 9))
@@ -103,21 +103,18 @@ def random_schedule(make, name, hyper, dtypes, seed):
     assert reference.pushes > 5
 
 
-RULES = [("add", {}), ("sgd", {"lr": 0.5, "momentum": 0.9, "nesterov": True})]
-
-
-@pytest.mark.parametrize(("name", "hyper"), RULES)
+@pytest.mark.parametrize("rule", FEW_RULES, ids=repr)
 @pytest.mark.parametrize("dtypes", [["f4"] * 7, ["f8"] * 7, ["f2"] * 7, DTYPES], ids="-".join)
-def test_random_schedules_against_the_reference(name, hyper, dtypes):
+def test_random_schedules_against_the_reference(rule, dtypes):
     for seed in range(3):
-        random_schedule(Center, name, hyper, dtypes, seed)
+        random_schedule(Center, rule, dtypes, seed)
 
 
 def random_schedules_by_mailbox(folder):
     def drive(host):
-        for seed, (name, hyper) in enumerate(RULES):
+        for seed, rule in enumerate(FEW_RULES):
             for dtypes in (["f2"] * 7, DTYPES):
-                random_schedule(host.center, name, hyper, dtypes, seed)
+                random_schedule(host.center, rule, dtypes, seed)
 
     return at_a_worker(folder, drive)
 
