@@ -35,7 +35,10 @@ test: environment
 bench: environment
 	@mkdir -p $(RESULTS)
 	$(RUN) python -m hvd_agn bench exchange --json > $(RESULTS)/exchange-$(MPI).json
+	$(RUN) python -m hvd_agn bench exchange --transport mailbox --ranks 2,4 --json > $(RESULTS)/mailbox-$(MPI).json
+	$(RUN) python -m hvd_agn bench rules --json > $(RESULTS)/rules-$(MPI).json
 	$(RUN) python -m hvd_agn bench step --json > $(RESULTS)/step-$(MPI).json
+	$(if $(filter openmpi,$(MPI)),,$(RUN) python -m hvd_agn bench multihost --json > $(RESULTS)/multihost-$(MPI).json)
 
 lint: environment
 	$(RUN) ruff format --check .

@@ -336,7 +336,7 @@ NB_MODULE(_core, m) {
       .value("committed", Stage::committed);
   m.def("signal_at", &signal_at, "stage"_a, "block"_a, "signal"_a,
         "For tests: raise a signal, once, when this process reaches a stage of a pass over a block.");
-  m.def("time_private_pass", &time_private_pass, "count"_a, "block_bytes"_a, "repeats"_a, Release(),
+  m.def("time_private_pass", &time_private_pass, "count"_a, "block_bytes"_a, "repeats"_a, "rule"_a, Release(),
         "Seconds of each run of the fused pass over private memory.");
   m.def("kernels", [] { return std::string(kernels().name); }, "Instruction set of the loops in use.");
   m.def("use_kernels", &use_kernels, "name"_a, "For tests: use another instruction set; false if it is not here.");

@@ -8,10 +8,11 @@
 
 namespace hvd_agn {
 
-std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes, int repeats) {
+std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes, int repeats, const Rule& rule) {
   const std::size_t block = block_bytes / sizeof(float);
   const std::size_t blocks = (count + block - 1) / block;
-  std::vector<float> theta(count, 1.0f), anchor(count, 0.5f), center((blocks + 1) * block, 1.0f);
+  const std::size_t stride = block * (1 + rule.slots());
+  std::vector<float> theta(count, 1.0f), anchor(count, 0.5f), center((blocks + 1) * stride, 1.0f);
   std::vector<std::size_t> place(blocks);
   for (std::size_t b = 0; b < blocks; ++b) place[b] = b;
   std::size_t spare = blocks;
@@ -25,11 +26,11 @@ std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes
       const std::size_t first = b * block;
       const Piece piece = {&theta[first],
                            &anchor[first],
-                           reinterpret_cast<const std::byte*>(&center[place[b] * block]),
-                           reinterpret_cast<std::byte*>(&center[spare * block]),
-                           0,
+                           reinterpret_cast<const std::byte*>(&center[place[b] * stride]),
+                           reinterpret_cast<std::byte*>(&center[spare * stride]),
+                           block_bytes,
                            std::min(block, count - first)};
-      kernels().exchange(DType::f32, Rule{}, push, false, piece);
+      kernels().exchange(DType::f32, rule, push, false, piece);
       std::swap(place[b], spare);
     }
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());

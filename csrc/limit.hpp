@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <vector>
 
+#include "rules.hpp"
+
 namespace hvd_agn {
 
-/// Seconds of `repeats` runs of the fused pass (float32, rule Add) over private memory of `count` elements, on this
+/// Seconds of `repeats` runs of the fused pass (float32) over private memory of `count` elements, on this
 /// thread, without locks, checks or messages.
-std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes, int repeats);
+std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes, int repeats, const Rule& rule);
 
 }  // namespace hvd_agn

@@ -16,14 +16,14 @@ except ImportError as error:
     raise ImportError(
         f"the native core of hvd_agn cannot be loaded: {error}. It needs the MPI library that it was built with, and "
         "no other in the process: load that MPI (its module, its environment), or build hvd_agn again with the MPI "
-        "that you launch with first on PATH: `pip install --force-reinstall --no-deps hvd-agn`."
+        "that you launch with first on PATH: `pip install --force-reinstall --no-deps .` in its sources."
     ) from error
 
-from . import errors, mpi, rules
+from . import errors, mpi, presets, rules
 from .center import Center
 from .client import Client, Stats
 
 mpi.prepare()
 
 __version__ = "0.1.0"
-__all__ = ["Center", "Client", "Stats", "__version__", "errors", "rules"]
+__all__ = ["Center", "Client", "Stats", "__version__", "errors", "presets", "rules"]

@@ -19,7 +19,8 @@ def main() -> int:
     exchange.add_argument("--transport", choices=config.TRANSPORTS, default="auto", help="as of Center (default auto)")
     multihost = bench.add_parser("multihost", help="exchanges between two emulated hosts; needs root and iproute2")
     step = bench.add_parser("step", help="a step between exchanges, against the wrapped optimizer's")
-    for each in (exchange, multihost, step):
+    rules = bench.add_parser("rules", help="each rule's exchange, against the memory's limit for it")
+    for each in (exchange, multihost, rules, step):
         each.add_argument("--params", type=int, default=25_000_000, help="float32 parameters (default 25000000)")
         each.add_argument("--json", action="store_true", help="one JSON object per row on stdout, the table on stderr")
     arguments = parser.parse_args()
@@ -37,6 +38,8 @@ def main() -> int:
             columns = benchmarks.EXCHANGE_COLUMNS
         elif arguments.bench == "multihost":
             columns, rows = bench_hosts.COLUMNS, bench_hosts.run(arguments.params)
+        elif arguments.bench == "rules":
+            columns, rows = benchmarks.RULES_COLUMNS, benchmarks.all_rules(arguments.params)
         else:
             columns, rows = benchmarks.STEP_COLUMNS, benchmarks.step(arguments.params)
     except AGNError as error:

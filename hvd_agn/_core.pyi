@@ -163,7 +163,7 @@ def signal_at(stage: Stage, block: int, signal: int) -> None:
     For tests: raise a signal, once, when this process reaches a stage of a pass over a block.
     """
 
-def time_private_pass(count: int, block_bytes: int, repeats: int) -> list[float]:
+def time_private_pass(count: int, block_bytes: int, repeats: int, rule: Rule) -> list[float]:
     """Seconds of each run of the fused pass over private memory."""
 
 def kernels() -> str:

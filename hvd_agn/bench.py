@@ -3,6 +3,7 @@
 All figures of one rank count come from one run, taken in turn, so that a change of the machine's speed meets them all.
 """
 
+import functools
 import json
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, config, mpi
+from . import _core, config, mpi, rules
 from .center import Center
 from .errors import AGNError
 from .launch import run_ranks
@@ -44,6 +45,26 @@ EXCHANGE_COLUMNS: Columns = (
     ("allreduce_over_exchange", "allreduce/exch.", "{:.1f}"),
     ("naive_over_exchange", "Get_acc./exch.", "{:.1f}"),
 )
+RULES_COLUMNS: Columns = (
+    ("name", "rule", "{}"),
+    ("slots", "slots", "{:d}"),
+    ("limit_ms", "limit", "{:.1f}"),
+    ("exchange_ms", "exchange", "{:.1f}"),
+    ("exchange_over_limit", "exchange/limit", "{:.2f}"),
+)
+BENCHED_RULES = (
+    rules.Add(),
+    rules.SGD(0.7),
+    rules.SGD(0.7, 0.9, nesterov=True),
+    rules.Adam(),
+    rules.AdamW(),
+    rules.Adagrad(),
+    rules.RMSprop(),
+    rules.RMSprop(momentum=0.9, centered=True),
+    rules.Lion(),
+    rules.DelayedNesterov(0.1, 0.9, 4),
+    rules.Elastic(0.2),
+)
 STEP_COLUMNS: Columns = (
     ("optimizer", "optimizer", "{}"),
     ("inner_ms", "bare step", "{:.2f}"),
@@ -61,15 +82,17 @@ def exchange(params: int, ranks: Sequence[int], transport: str) -> list[dict[str
     return [run_job(n, {"params": params, "center": {"transport": transport}}) for n in ranks]
 
 
-def run_job(ranks: int, options: dict[str, Any], hosts: "EmulatedHosts | None" = None) -> dict[str, Any]:
-    """:func:`exchange_rank` on every rank; rank 0's result.
+def run_job(
+    ranks: int, options: dict[str, Any], hosts: "EmulatedHosts | None" = None, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """:func:`exchange_rank` on every rank, with these variables set; rank 0's result.
 
     Raises:
         AGNError: the run failed; the message has its output.
     """
     command = [sys.executable, "-m", "hvd_agn.bench", json.dumps(options)]
     try:
-        done = run_ranks(ranks, command, timeout=600, hosts=hosts)
+        done = run_ranks(ranks, command, timeout=600, hosts=hosts, env=env)
     except subprocess.TimeoutExpired as late:
         raise AGNError(f"the run on {ranks} ranks took over {late.timeout} s: {late.stderr!s}") from None
     if done.returncode != 0:
@@ -103,7 +126,7 @@ def exchange_rank(options: dict[str, Any]) -> None:
     by_hand: list[float] = []
     for _ in range(rounds + 1):  # the first warms up
         if comm.rank == 0:
-            limit += _core.time_private_pass(params, config.BLOCK_BYTES.read(), 2)[1:]
+            limit += _core.time_private_pass(params, config.BLOCK_BYTES.read(), 2, rules.Add()._native())[1:]
         theta += 1.0
         _sleeping_barrier(comm)
         start = time.monotonic()
@@ -127,6 +150,7 @@ def exchange_rank(options: dict[str, Any]) -> None:
         result = {
             "ranks": comm.size,
             "params": params,
+            "ring": config.RING_BLOCKS.read(),
             "limit_ms": 1e3 * min(limit[1:]),
             "exchange_ms": 1e3 * slowest,
             "per_exchange_ms": 1e3 * sum(spans[1:]) / (rounds * EXCHANGES_PER_ROUND * (comm.size - len(idle))),
@@ -177,6 +201,28 @@ class _HandWritten:
 
     def close(self) -> None:
         self._window.Free()
+
+
+def all_rules(params: int) -> list[dict[str, Any]]:
+    """Time each rule's exchange on one rank against its pass over private memory, in turn. Times in ms."""
+    results = []
+    for rule in BENCHED_RULES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            center = Center([theta := np.zeros(params, np.float32)], rule)
+        exchange = functools.partial(center.exchange, PERIOD)
+        limits: list[float] = []
+        own: list[float] = []
+        for _ in range(ROUNDS + 1):  # the first warms up
+            limits.append(min(_core.time_private_pass(params, config.BLOCK_BYTES.read(), 2, rule._native())))
+            theta += 1.0
+            own.append(statistics.median(_timed(exchange) for _ in range(EXCHANGES_PER_ROUND)))
+        center.close()
+        limit_ms, exchange_ms = 1e3 * min(limits[1:]), 1e3 * statistics.median(own[1:])
+        row = {"name": type(rule).__name__, "rule": repr(rule), "slots": len(rule.active_slots()), "params": params}
+        row |= {"limit_ms": limit_ms, "exchange_ms": exchange_ms, "exchange_over_limit": exchange_ms / limit_ms}
+        results.append(row)
+    return results
 
 
 def step(params: int) -> list[dict[str, Any]]:

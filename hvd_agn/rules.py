@@ -363,6 +363,55 @@ class Elastic(Rule):
         return "elastic", {"scale": self.alpha}
 
 
+# ---- the rule of an optimizer
+
+_LIKE: dict[str, tuple[type[Rule], tuple[str, ...]]] = {
+    "SGD": (SGD, ("lr", "momentum", "dampening", "nesterov", "weight_decay")),
+    "Adam": (Adam, ("lr", "betas", "eps", "weight_decay")),
+    "AdamW": (AdamW, ("lr", "betas", "eps", "weight_decay")),
+    "Adagrad": (Adagrad, ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
+    "RMSprop": (RMSprop, ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")),
+}
+_NOT_HERE = ("amsgrad", "maximize")  # flags of torch's optimizers that change what they do
+
+
+def like(optimizer: Any, **changes: Any) -> Rule:
+    """The rule that does at the center what an optimizer of ``torch.optim`` does, with its hyper-parameters.
+
+    Args:
+        optimizer: SGD, Adam, AdamW, Adagrad or RMSprop, or of a class derived from one of them.
+        changes: arguments of the rule to set otherwise, such as ``lr=0.1``, ``lr="follow"`` or ``staleness="sqrt"``.
+
+    Raises:
+        ConfigError: the optimizer is another one, or its parameter groups differ in what the rule takes over, or it
+            has a flag set that no rule has; the message says what there is instead.
+    """
+    known = ", ".join(_LIKE)
+    bases = [base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")]
+    name = next((base for base in bases if base in _LIKE), None)
+    if name is None:
+        raise ConfigError(
+            f"rules.like knows torch.optim's {known}, not {type(optimizer).__name__}. Name the rule yourself: "
+            "rule=rules.Add(), rules.SGD(lr=...) or another of hvd_agn.rules."
+        )
+    groups = optimizer.param_groups
+    if set_flags := [flag for flag in _NOT_HERE if any(group.get(flag) for group in groups)]:
+        raise ConfigError(f"rules.like: no rule has {name}'s {set_flags[0]}=True. Name the rule yourself.")
+    kind, names = _LIKE[name]
+    if name == "Adam" and groups[0].get("decoupled_weight_decay"):
+        kind = AdamW
+    for key in names:
+        values = [group[key] for group in groups]
+        if key not in changes and any(value != values[0] for value in values):
+            raise ConfigError(
+                f"rules.like: the parameter groups differ in {key} ({values}), a rule has one. Give {key}= here."
+            )
+    taken = {key: groups[0][key] for key in names} | changes
+    if hasattr(taken["lr"], "item"):  # torch takes a tensor as the learning rate
+        taken["lr"] = taken["lr"].item()
+    return kind(**taken)
+
+
 # ---- checks of hyper-parameters
 
 

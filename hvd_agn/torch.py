@@ -41,6 +41,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             through a contiguous copy on the CPU.
         communication_period: local steps between two exchanges, at least 1.
         rule: what the center does with a delta; None is ``hvd_agn.rules.Add()``.
+        normalize: push the mean update per step, as AGN does; False: their sum, as DOWNPOUR does.
         overlap: exchange in the background while training goes on. At the end of a period a snapshot of the parameters
             is taken and pushed; when the center's answer has come, the next ``step()`` adds to the parameters what the
             center had that the snapshot had not. A boundary waits only if the exchange before it has not ended. Costs
@@ -67,6 +68,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         communication_period: int = config.COMMUNICATION_PERIOD,
         *,
         rule: rules.Rule | None = None,
+        normalize: bool = True,
         overlap: bool = False,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         comm: "MPI.Comm | None" = None,
@@ -92,6 +94,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.communication_period = communication_period
 
         self._overlap = overlap
+        self._normalize = normalize
         self._steps_since_exchange = 0
         self._steps_under_way = 0
         """Of the exchange in the background."""
@@ -127,13 +130,17 @@ class AGNOptimizer(torch.optim.Optimizer):
         factor = self.center.rule.factor
         if factor is None:
             return
-        ratio = factor * self.center.size / self.communication_period
+        moves = factor * self.center.size  # mean updates that the center moves by in a period
+        if not self._normalize:
+            moves *= self.communication_period
+        ratio = moves / self.communication_period
         if ratio > config.STALENESS_LIMIT and self.center.rank == 0:
-            period = math.ceil(factor * self.center.size / config.STALENESS_LIMIT)
+            period = math.ceil(moves / config.STALENESS_LIMIT)
+            longer = f"communication_period={period} or more" if self._normalize else "normalize=True"
             warnings.warn(
                 f"{self.center.label}: {self.center.size} workers, a communication period of "
                 f"{self.communication_period} and {self.center.rule} move the center by {ratio:.1f} mean updates per "
-                f"step; published runs of AGN diverge above about 2.5. Use communication_period={period} or more, or "
+                f"step; published runs of AGN diverge above about 2.5. Use {longer}, or "
                 f"a rule with {factor * config.STALENESS_LIMIT / ratio:.2g} for {factor:g}.",
                 StalenessWarning,
                 stacklevel=3,
@@ -332,19 +339,22 @@ class AGNOptimizer(torch.optim.Optimizer):
         if self._steps_since_exchange == 0:  # the one before was refused, and the steps since with it
             return
         self._read()
-        self._client.start(self._steps_since_exchange, lr=self._rate())
+        self._client.start(self._divisor(), lr=self._rate())
         self._steps_under_way, self._steps_since_exchange = self._steps_since_exchange, 0
 
     def _exchange_now(self, *, exact: bool) -> None:
         self._read()
         try:
-            self._client.exchange(max(self._steps_since_exchange, 1), exact=exact, lr=self._rate())
+            self._client.exchange(self._divisor(), exact=exact, lr=self._rate())
         except NonFiniteWarning:  # made an error by a filter: the parameters are the center's all the same
             self._steps_since_exchange = 0
             raise
         finally:
             self._parameters.write_back()
         self._steps_since_exchange = 0
+
+    def _divisor(self) -> int:
+        return max(self._steps_since_exchange, 1) if self._normalize else 1
 
     def _rate(self) -> float | None:
         """For a rule that follows it."""

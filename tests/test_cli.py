@@ -80,6 +80,13 @@ def test_bench_step():
     assert re.search(r"SGD +[\d.]+ +[\d.]+ +[\d.]+", done.stdout)
 
 
+def test_bench_rules():
+    done = hvd_agn("bench", "rules", "--params", "10000")
+    assert done.returncode == 0, done.stderr
+    for name in ("Add", "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Lion", "DelayedNesterov", "Elastic"):
+        assert re.search(rf"{name} +\d +[\d.]+ +[\d.]+ +[\d.]+", done.stdout), name
+
+
 def test_bench_says_why_it_cannot_run():
     done = hvd_agn("bench", "exchange", "--params", "1000", "--ranks", "2", HVD_AGN_BLOCK_BYTES="1")
     assert done.returncode == 1

@@ -1,6 +1,7 @@
 """Rules: against torch's optimizers, what they take over from a push, and what they refuse."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from ranks import on_ranks
 from reference import ReferenceCenter, ReferenceClient
 from torch import nn
 
-from hvd_agn import Center, rules
-from hvd_agn.errors import ConfigError, UsageError
+from hvd_agn import Center, presets, rules
+from hvd_agn.errors import ConfigError, StalenessWarning, UsageError
 from hvd_agn.torch import AGNOptimizer
 
 # ---- what torch does with the gradient -delta
@@ -182,6 +183,81 @@ def test_a_rule_cannot_follow_two_learning_rates():
     p.grad = q.grad = torch.ones(3)
     with pytest.raises(ConfigError, match=r"follows one learning rate, the parameter groups have \[0.5, 1.0\]"):
         opt.step()
+
+
+# ---- the rule of an optimizer, and presets
+
+
+def parameters(n=1):
+    return [nn.Parameter(torch.zeros(3)) for _ in range(n)]
+
+
+@pytest.mark.parametrize(("rule", "make"), TORCH, ids=[repr(rule) for rule, _ in TORCH])
+def test_like_takes_over_the_hyper_parameters(rule, make):
+    assert rules.like(make(parameters())) == rule
+
+
+def test_like_with_changes():
+    adam = torch.optim.Adam(parameters(), lr=0.5, betas=(0.8, 0.9))
+    assert rules.like(adam, lr="follow", staleness="sqrt") == rules.Adam("follow", (0.8, 0.9), staleness="sqrt")
+    assert rules.like(torch.optim.SGD(parameters(), lr=torch.tensor(0.5))) == rules.SGD(0.5)
+    assert rules.like(torch.optim.Adam(parameters(), decoupled_weight_decay=True, weight_decay=0.1)) == rules.AdamW(
+        weight_decay=0.1
+    )
+
+    class Mine(torch.optim.AdamW):
+        pass
+
+    assert rules.like(Mine(parameters())) == rules.AdamW()
+    p, q = parameters(2)
+    two = torch.optim.SGD([{"params": [p]}, {"params": [q], "lr": 0.5}], lr=1.0)
+    assert rules.like(two, lr=0.1) == rules.SGD(0.1)
+    with pytest.raises(ConfigError, match=r"groups differ in lr \(\[1.0, 0.5\]\), a rule has one. Give lr= here"):
+        rules.like(two)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.optim.LBFGS, r"knows torch.optim's SGD, Adam, AdamW, Adagrad, RMSprop, not LBFGS. Name the rule"),
+        (lambda p: "sgd", "not str. Name the rule yourself"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "no rule has Adam's amsgrad=True"),
+        (lambda p: torch.optim.SGD(p, maximize=True), "no rule has SGD's maximize=True"),
+    ],
+)
+def test_like_says_what_it_does_not_know(make, message):
+    with pytest.raises(ConfigError, match=message):
+        rules.like(make(parameters()))
+
+
+def test_presets():
+    """Three steps of 1 are pushed as their mean, their sum, ... and every preset trains."""
+    expected = {
+        "agn": 1.0,
+        "downpour": 3.0,
+        "easgd": 3 * 0.45,
+        "dynsgd": 3.0,
+        "diloco_async": 0.7 * 3 / 2,
+    }
+    for name, value in expected.items():
+        preset = getattr(presets, name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (p,) = parameters()
+            arguments = preset(workers=2) if name in ("easgd", "diloco_async") else preset()
+            opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 3, **arguments)
+        p.grad = torch.full_like(p, -1.0)
+        for _ in range(3):
+            opt.step()
+        np.testing.assert_allclose(opt.center.snapshot()["param_groups[0].params[0]"], value, rtol=1e-6)
+        opt.close()
+
+
+def test_without_normalisation_the_warning_counts_all_steps():
+    with pytest.warns(
+        StalenessWarning, match=r"by 4.0 mean updates per step.*Use normalize=True, or a rule with 2 for 4"
+    ):
+        AGNOptimizer(torch.optim.SGD(parameters(), lr=1.0), 50, rule=rules.Add(4.0), normalize=False)
 
 
 # ---- bad input
