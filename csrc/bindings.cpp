@@ -263,6 +263,7 @@ void bind_center(nb::module_& m) {
       .def("version", &Center::version, Release())
       .def_prop_ro("recoveries", &Center::recoveries)
       .def("detach", &Center::detach, Release())
+      .def("await_thread", &Center::await_thread, Release())
       .def("free", &Center::free, "comm"_a, Release());
 }
 
@@ -282,8 +283,27 @@ void bind_client(nb::module_& m) {
       .def(
           "__init__",
           [](Client* self, std::shared_ptr<Center> center, std::vector<Buffer> buffers, const std::string& wire,
-             bool overlap) { new (self) Client(std::move(center), std::move(buffers), {wire_of(wire), overlap}); },
-          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, Release())
+             bool overlap, bool gradients) {
+            new (self) Client(std::move(center), std::move(buffers), {wire_of(wire), overlap, gradients});
+          },
+          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, "gradients"_a, Release())
+      .def(
+          "accumulate",
+          [](Client& self, const std::vector<const Buffer*>& gradients) {
+            const nb::gil_scoped_release release;
+            self.accumulate(gradients);
+          },
+          nb::arg("gradients").sig("collections.abc.Sequence[Buffer | None]"))
+      .def_prop_ro("touched", &Client::touched)
+      .def(
+          "accumulator",
+          [](nb::pointer_and_handle<Client> self, std::size_t index) {
+            const Buffer sum = self.p->accumulator(index);
+            const auto dtype = sum.dtype == DType::f64 ? nb::dtype<double>() : nb::dtype<float>();
+            return nb::ndarray<nb::numpy>(sum.data, {sum.count}, self.h, {}, dtype);
+          },
+          "index"_a, "What is accumulated for an array, flat; the memory itself.")
+      .def("touch", &Client::touch, "segments"_a, Release())
       .def("bind", &Client::bind, "index"_a, "buffer"_a, Release())
       .def(
           "exchange",
@@ -316,6 +336,8 @@ void bind_client(nb::module_& m) {
           "index"_a, "values"_a)
       .def("close", &Client::close, Release())
       .def("stats", &stats_dict)
+      .def_prop_ro("blocks_refused", &Client::blocks_refused)
+      .def_prop_rw("power", &Client::power, &Client::set_power)
       .def_prop_ro("extra_bytes", &Client::extra_bytes);
 }
 

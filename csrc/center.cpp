@@ -131,8 +131,9 @@ Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule)
 
 void Center::connect(Comm& comm, std::size_t ring) {
   if (plan_.mailboxes())
-    mailbox_ = std::make_unique<Mailbox>(comm, plan_, layout_.blocks(), layout_.block_bytes() * (1 + rule_.slots()),
-                                         ring, std::move(service_));
+    mailbox_ = std::make_unique<Mailbox>(comm, plan_, layout_.blocks(),
+                                         layout_.block_bytes() * (1 + rule_.slots()) + layout_.mask_bytes(), ring,
+                                         std::move(service_));
 }
 
 void Center::allocate(const Comm& comm) {
@@ -247,7 +248,7 @@ void Center::free(Comm& comm) {
     for (const auto& shard : shards_) sum += shard->activity();
     return sum;
   };
-  if (mailbox_) mailbox_->await_thread();
+  await_thread();
   // A rank that works on no shard itself does not see the others' pushes: it warns, but cannot tell when to give up.
   StallLimits limits = comm.limits();
   if (shards_.empty()) limits.abort = 0;

@@ -46,6 +46,10 @@ class Center {
   /// The least number that no client of this process has, for its messages: a host remembers things by it.
   std::uint32_t enter_client();
   void leave_client(std::uint32_t id);
+  /// Waits until the mailbox's thread is not stuck in MPI, as the stall limits allow. See Mailbox::await_thread().
+  void await_thread() {
+    if (mailbox_) mailbox_->await_thread();
+  }
   /// Bytes of this rank's mailbox.
   std::size_t mailbox_bytes() const { return mailbox_ ? mailbox_->bytes() : 0; }
 

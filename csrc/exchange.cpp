@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "exchange_remote.hpp"
+#include "service.hpp"
 
 namespace hvd_agn {
 
@@ -29,7 +30,7 @@ class Timed {
 }  // namespace
 
 Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
-    : center_(std::move(center)), buffers_(std::move(buffers)), options_(options), id_(center_->enter_client()) {
+    : center_(std::move(center)), buffers_(std::move(buffers)), options_(options), leave_{center_.get(), center_->enter_client()} {
   const Layout& layout = center_->layout();
   const auto& segments = layout.segments();
   HVD_AGN_EXPECTS(buffers_.size() == segments.size(), std::invalid_argument, "the center has ", segments.size(),
@@ -54,6 +55,21 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
     residual_.reset(new std::byte[residual_bytes_]());
     rounded_.resize(layout.block_bytes());
   }
+  if (options_.gradients) {
+    for (const Layout::Segment& segment : segments) {
+      sum_offset_.push_back(sum_bytes_);
+      sum_bytes_ += round_up(segment.count * item_size(segment.dtype), Layout::kAlignment);
+    }
+    for (auto* sums : {&sums_, options_.overlap ? &flying_sums_ : nullptr}) {
+      if (!sums) continue;
+      sums->reset(new std::byte[sum_bytes_]);
+      use_huge_pages(sums->get(), sum_bytes_);
+      std::memset(sums->get(), 0, sum_bytes_);
+    }
+    touched_.resize(segments.size());
+    active_.assign(segments.size(), 1);
+    rounded_off_.resize(segments.size());
+  }
   seen_.resize(layout.blocks());
   progress_.resize(layout.blocks());
   whole_.assign(layout.blocks(), 1);
@@ -63,7 +79,6 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
 
 Client::~Client() {
   if (flight_.valid()) flight_.wait();
-  center_->leave_client(id_);
 }
 
 std::unique_lock<std::mutex> Client::enter() const {
@@ -123,6 +138,13 @@ std::size_t Client::first_block(std::size_t begin, std::size_t end) const {
 bool Client::finite_block(std::size_t block, std::size_t* segment) const {
   const Layout& layout = center_->layout();
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
+    if (options_.gradients) {
+      *segment = part->segment;
+      if (active(*part) &&
+          kernels().scan(layout.dtype(*part), accumulator(*part), part->count) == Range::nonfinite)
+        return false;
+      continue;
+    }
     const Piece p = piece(*part, nullptr, nullptr);
     const DType dtype = buffers_[part->segment].dtype;
     const Range range = kernels().scan(dtype, p.theta, p.count);
@@ -158,8 +180,12 @@ double Client::clipped(double steps) const {
   const Layout& layout = center_->layout();
   double squares = 0;
   for (std::size_t b = 0; b < layout.blocks(); ++b)
-    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part)
-      squares += kernels().distance(buffers_[part->segment].dtype, piece(*part, nullptr, nullptr));
+    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part) {
+      if (!active(*part)) continue;
+      squares += options_.gradients ? kernels().distance(layout.dtype(*part), {accumulator(*part), nullptr, nullptr,
+                                                                               nullptr, 0, part->count})
+                                    : kernels().distance(buffers_[part->segment].dtype, piece(*part, nullptr, nullptr));
+    }
   return std::max(steps, std::sqrt(squares) / limit);  // of the norm of the mean, 1 / steps
 }
 
@@ -168,7 +194,13 @@ double Client::clipped(double steps) const {
 std::size_t Client::exchange(double steps, bool exact, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("exchange()");
-  return exchange_all(steps, exact, lr);
+  if (options_.gradients) {
+    active_ = touched_;
+    for (std::size_t s = 0; exact && s < active_.size(); ++s) active_[s] |= rounded_off_[s];
+  }
+  const std::size_t refused = exchange_all(steps, exact, lr);
+  if (refused == kAccepted) std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
+  return refused;
 }
 
 std::size_t Client::exchange_all(double steps, bool exact, double lr) {
@@ -185,6 +217,11 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   push.steps = clipped(steps);
   push.lr = lr;
   push.power = power_ + steps + 1;
+  if (!std::isfinite(push.steps)) {  // so far from the anchor that the norm overflows
+    const std::lock_guard<std::mutex> lock(counts_mutex_);
+    ++stats_.pushes_refused;
+    return 0;
+  }
   PushTransfer transfer(*this, push, exact);
   if (residual_ && !exact) owes_ = true;  // also when it fails half-way
   try {
@@ -199,6 +236,8 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   power_ = push.power;
   anchor_range_ = next_range_;
   if (exact) owes_ = false;
+  for (std::size_t s = 0; residual_ && s < rounded_off_.size(); ++s)
+    if (active_[s]) rounded_off_[s] = !exact;
   ++stats_.exchanges;
   stats_.bytes += 2 * push_bytes_;
   return kAccepted;
@@ -210,6 +249,7 @@ void Client::exchange_shard(Shard& shard, const Push& push) {
   busy_.clear();
   for (std::size_t i = 0; i < blocks; ++i) {
     const std::size_t b = shard.begin() + (first_block(shard.begin(), shard.end()) + i) % blocks;
+    if (!active(b)) continue;
     if (auto block = shard.try_lock(b))
       exchange_block(shard, std::move(*block), b, push);
     else
@@ -226,6 +266,10 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
     if (part != layout.begin(index)) reach(Stage::half_written, index);
+    if (options_.gradients) {
+      exchange_gradient(shard, block, *part, push, &range);
+      continue;
+    }
     range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), push, from_snapshot_,
                                                piece(*part, block.data(), block.spare())));
   }
@@ -235,6 +279,89 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
   else
     block.commit(version + 1);
   received(index, refused ? version : version + 1, true, refused, range);
+}
+
+void Client::exchange_gradient(Shard& shard, const Shard::Block& block, const Layout::Part& part, Push push,
+                               Range* range) {
+  const Layout& layout = center_->layout();
+  if (!active(part)) {
+    keep_part(layout, part, center_->rule().slots(), shard.slot_stride(), block.data(), block.spare());
+    return;
+  }
+  // The sum becomes the center's new values on its way.
+  push.weight = -push.weight;
+  const Piece sum = {accumulator(part),   nullptr,   block.data() + part.block_offset, block.spare() + part.block_offset,
+                     shard.slot_stride(), part.count};
+  *range = std::max(*range, kernels().apply(layout.dtype(part), center_->rule(), push, sum));
+  const Piece p = piece(part, nullptr, nullptr);
+  const Piece taken = {from_snapshot_ ? nullptr : p.theta, p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0,
+                       part.count};
+  if (*range != Range::nonfinite) *range = std::max(*range, kernels().pull(buffers_[part.segment].dtype, taken));
+  std::memset(sum.theta, 0, layout.bytes(part));
+}
+
+// ---- gradients
+
+bool Client::active(std::size_t block) const {
+  const Layout& layout = center_->layout();
+  if (!options_.gradients) return true;
+  return std::any_of(layout.begin(block), layout.end(block), [this](const Layout::Part& part) { return active(part); });
+}
+
+std::byte* Client::accumulator(const Layout::Part& part) const {
+  const std::byte* sums = from_snapshot_ ? flying_sums_.get() : sums_.get();
+  return const_cast<std::byte*>(sums) + sum_offset_[part.segment] +
+         part.first * item_size(center_->layout().dtype(part));
+}
+
+void Client::accumulate(const std::vector<const Buffer*>& gradients) {
+  const auto guard = enter();
+  HVD_AGN_EXPECTS(options_.gradients, UsageError, "[rank ", center_->rank(),
+                  "] accumulate() needs a center made with accumulate=\"gradients\".");
+  HVD_AGN_EXPECTS(gradients.size() == buffers_.size(), std::invalid_argument, "the center has ", buffers_.size(),
+                  " arrays, here are ", gradients.size(), " gradients");
+  for (std::size_t s = 0; s < gradients.size(); ++s) {
+    if (gradients[s])
+      HVD_AGN_EXPECTS(gradients[s]->count == buffers_[s].count &&
+                          center_dtype(gradients[s]->dtype) == center_->layout().segments()[s].dtype,
+                      std::invalid_argument, "gradient ", s, " does not match its array in size or type");
+  }
+  for (std::size_t s = 0; s < gradients.size(); ++s) {
+    if (!gradients[s]) continue;
+    kernels().accumulate(gradients[s]->dtype, gradients[s]->data, sums_.get() + sum_offset_[s], gradients[s]->count);
+    touched_[s] = 1;
+  }
+}
+
+Buffer Client::accumulator(std::size_t segment) const {
+  HVD_AGN_EXPECTS(options_.gradients, UsageError, "[rank ", center_->rank(), "] nothing is accumulated here.");
+  const Layout::Segment& s = center_->layout().segments().at(segment);
+  return {sums_.get() + sum_offset_[segment], s.count, s.dtype};
+}
+
+void Client::touch(const std::vector<bool>& segments) {
+  const auto guard = enter();
+  for (std::size_t s = 0; s < touched_.size(); ++s) touched_[s] |= segments.at(s);
+}
+
+void Client::drop_gradients() {
+  if (!options_.gradients) return;
+  std::memset(sums_.get(), 0, sum_bytes_);
+  std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
+  std::fill(active_.begin(), active_.end(), std::uint8_t{1});  // a pull is of all
+}
+
+void Client::settle_gradients() {
+  // What was not pushed is accumulated again.
+  const Layout& layout = center_->layout();
+  for (std::size_t b = 0; b < layout.blocks(); ++b) {
+    if (progress_[b] != Progress::untouched) continue;
+    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part) {
+      const std::size_t at = sum_offset_[part->segment] + part->first * item_size(layout.dtype(*part));
+      kernels().accumulate(layout.dtype(*part), flying_sums_.get() + at, sums_.get() + at, part->count);
+    }
+  }
+  for (std::size_t s = 0; s < touched_.size(); ++s) touched_[s] |= active_[s];
 }
 
 void Client::received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range) {
@@ -261,6 +388,12 @@ void Client::start(double steps, double lr) {
   HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
   for (std::size_t s = 0; s < buffers_.size(); ++s)
     std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, buffers_[s].count * item_size(buffers_[s].dtype));
+  if (options_.gradients) {
+    active_ = touched_;
+    std::memcpy(flying_sums_.get(), sums_.get(), sum_bytes_);
+    std::memset(sums_.get(), 0, sum_bytes_);
+    std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
+  }
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   from_snapshot_ = true;
   landed_ = false;
@@ -309,10 +442,12 @@ std::size_t Client::finish() {
   started_ = false;
   if (refused == kAccepted) {
     for (std::size_t s = 0; s < buffers_.size(); ++s) {
+      if (options_.gradients && !active_[s]) continue;
       const Piece p = {buffers_[s].data, anchor_.get() + offset_[s], nullptr, nullptr, 0, buffers_[s].count};
       kernels().merge(buffers_[s].dtype, p, snapshot_.get() + offset_[s]);
     }
   }
+  if (failure && options_.gradients) settle_gradients();
   if (failure) std::rethrow_exception(failure);
   return refused;
 }
@@ -324,7 +459,7 @@ Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t s
   const Layout& layout = center_->layout();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
-    const Piece p = {theta ? source(*part) : nullptr,
+    const Piece p = {theta && active(*part) ? source(*part) : nullptr,
                      with_anchor ? anchor(*part) : nullptr,
                      from + part->block_offset,
                      nullptr,
@@ -361,6 +496,7 @@ void Client::copy_all(bool theta, bool with_anchor) {
 
 void Client::pull() {
   const auto guard = enter_grounded("pull()");
+  drop_gradients();
   copy_all(true, true);
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   ++stats_.pulls;
@@ -368,12 +504,14 @@ void Client::pull() {
 
 void Client::forget() {
   const auto guard = enter_grounded("forget()");
+  drop_gradients();
   if (residual_) std::memset(residual_.get(), 0, residual_bytes_);
   owes_ = false;
 }
 
 void Client::peek() {
   const auto guard = enter_grounded("peek()");
+  std::fill(active_.begin(), active_.end(), std::uint8_t{1});
   copy_all(true, false);
 }
 
@@ -398,6 +536,11 @@ bool Client::owes() const {
   return owes_;
 }
 
+std::uint64_t Client::blocks_refused() const {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  return stats_.blocks_refused;
+}
+
 Stats Client::stats() const {
   const auto guard = enter();
   const std::lock_guard<std::mutex> lock(counts_mutex_);
@@ -410,7 +553,7 @@ Stats Client::stats() const {
 }
 
 std::size_t Client::extra_bytes() const {
-  return anchor_bytes_ * (options_.overlap ? 2 : 1) + residual_bytes_ + rounded_.size() + center_->mailbox_bytes() +
+  return (anchor_bytes_ + sum_bytes_) * (options_.overlap ? 2 : 1) + residual_bytes_ + rounded_.size() + center_->mailbox_bytes() +
          whole_.capacity() + progress_.capacity() +
          (seen_.capacity() + busy_.capacity() + offset_.capacity()) * sizeof(std::size_t);
 }

@@ -47,6 +47,7 @@ class Client {
   struct Options {
     Wire wire = Wire::center;  // to and from other nodes
     bool overlap = false;      // allows start() and finish(), at the price of one more copy of the arrays
+    bool gradients = false;    // pushes the mean of accumulated gradients, and not how far the buffers have come
   };
 
   /// Sets the buffers, one per segment of the center's layout, to the center.
@@ -57,6 +58,15 @@ class Client {
 
   /// The segment's storage has moved. invalid_argument unless count and dtype are as they were.
   void bind(std::size_t segment, const Buffer& buffer);
+
+  /// With Options::gradients: adds a gradient of each segment, null where there is none. A segment that has had none
+  /// since its last push takes no part in the next exchange. invalid_argument if one does not match its buffer.
+  void accumulate(const std::vector<const Buffer*>& gradients);
+  /// Segments that have had a gradient since their last push.
+  std::vector<bool> touched() const { return {touched_.begin(), touched_.end()}; }
+  /// What is accumulated for a segment, in the center's dtype; to be read, or added to and then told by touch().
+  Buffer accumulator(std::size_t segment) const;
+  void touch(const std::vector<bool>& segments);
 
   /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf: then
   /// neither the center nor the buffers were touched. `exact`: in the center's type whatever the wire, with all that
@@ -76,9 +86,9 @@ class Client {
   /// of blocks that were not pushed are still in the buffers.
   std::size_t finish();
 
-  /// Buffers and anchor become the center.
+  /// Buffers and anchor become the center; what was accumulated is dropped.
   void pull();
-  /// What was rounded away is not owed any more.
+  /// What was rounded away is not owed any more, what was accumulated is dropped.
   void forget();
   /// Buffers become the center; the anchor stays.
   void peek();
@@ -91,6 +101,10 @@ class Client {
   void close();
 
   Stats stats() const;
+  std::uint64_t blocks_refused() const;
+  /// Steps and pushes so far, for a rule that counts by worker.
+  double power() const { return power_; }
+  void set_power(double power) { power_ = power; }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   /// Memory beyond the buffers, in bytes: the anchor, what overlap and wire need, and bookkeeping.
   std::size_t extra_bytes() const;
@@ -115,6 +129,12 @@ class Client {
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
   std::size_t fly(double steps, double lr);
   void settle_untouched();
+  void exchange_gradient(Shard& shard, const Shard::Block& block, const Layout::Part& part, Push push, Range* range);
+  bool active(std::size_t block) const;
+  bool active(const Layout::Part& part) const { return !options_.gradients || active_[part.segment]; }
+  std::byte* accumulator(const Layout::Part& part) const;
+  void drop_gradients();
+  void settle_gradients();
   Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out) const;
   std::byte* source(const Layout::Part& part) const;
   std::byte* anchor(const Layout::Part& part) const;
@@ -130,7 +150,11 @@ class Client {
   std::shared_ptr<Center> center_;
   std::vector<Buffer> buffers_;
   Options options_;
-  std::uint32_t id_;
+  struct Leave {
+    Center* center;
+    std::uint32_t id;
+    ~Leave() { center->leave_client(id); }
+  } leave_;
   std::unique_ptr<std::byte[]> anchor_;
   std::size_t anchor_bytes_ = 0;
   std::vector<std::size_t> offset_;  // of each segment in anchor and snapshot
@@ -142,6 +166,15 @@ class Client {
   bool from_snapshot_ = false;             // the exchange under way is start()'s
   std::future<std::size_t> flight_;
   std::atomic<bool> started_{false}, landed_{false};  // for looks from other threads
+
+  // With gradients, all of the center's types, segments where `sum_offset_` says.
+  std::unique_ptr<std::byte[]> sums_;         // accumulated since the last push
+  std::unique_ptr<std::byte[]> flying_sums_;  // with overlap: of the snapshot
+  std::vector<std::size_t> sum_offset_;
+  std::size_t sum_bytes_ = 0;
+  std::vector<std::uint8_t> touched_;  // by segment: has had a gradient since its last push
+  std::vector<std::uint8_t> active_;   // by segment: takes part in the exchange under way
+  std::vector<std::uint8_t> rounded_off_;  // by segment: has a residual
 
   // Of blocks on other nodes, with a wire that rounds.
   std::unique_ptr<std::byte[]> residual_;  // what was rounded away, as images of blocks

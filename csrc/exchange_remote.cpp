@@ -20,7 +20,7 @@ void Client::ask(Message& head) const {
     halves[1] |= dtype == DType::bf16;
     others |= dtype != DType::f16 && dtype != DType::bf16;
   }
-  head.client = id_;
+  head.client = leave_.id;
   if (!others && halves[0] != halves[1]) {
     head.half_values = true;
     head.answer_wire = halves[0] ? Wire::fp16 : Wire::bf16;
@@ -34,10 +34,22 @@ void Client::ask(Message& head) const {
 void Client::take_delta(const Layout::Part& part, double steps, std::byte* values, const std::byte* residual) const {
   const DType dtype = buffers_[part.segment].dtype;
   const Piece p = piece(part, nullptr, values);
-  if (center_->rule().pushes_values())
+  if (residual) residual += part.block_offset;
+  if (!active(part)) {
+    std::memset(p.out, 0, center_->layout().bytes(part));
+  } else if (options_.gradients) {
+    const Piece sum = {accumulator(part), nullptr, nullptr, p.out, 0, p.count};
+    kernels().delta(center_->layout().dtype(part), steps, sum, residual);
+    std::memset(sum.theta, 0, center_->layout().bytes(part));
+  } else if (center_->rule().pushes_values()) {
     kernels().widen(dtype, p.theta, p.out, p.count);
-  else
-    kernels().delta(dtype, steps, p, residual ? residual + part.block_offset : nullptr);
+  } else {
+    kernels().delta(dtype, steps, p, residual);
+  }
+}
+
+bool Client::PushTransfer::wants(std::size_t block) const {
+  return client_.active(block);
 }
 
 void Client::PushTransfer::request(Message& head, std::byte* payload) {
@@ -54,14 +66,23 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
   std::byte* residual = c.residual(head.block);
   for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part)
     c.take_delta(*part, push_.steps, values, residual);
-  const std::size_t used = layout.used_bytes(head.block);
-  if (rounds) {
-    encode_block(layout, head.block, head.wire, values, payload);
-    std::memcpy(residual, values, used);
-  } else if (residual) {
-    std::memset(residual, 0, used);
-  }
+  if (rounds) encode_block(layout, head.block, head.wire, values, payload);
   head.payload_bytes = encoded_bytes(layout, head.block, head.wire);
+  std::byte* mask = payload + head.payload_bytes;
+  std::memset(mask, 0, layout.mask_bytes());
+  for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part) {
+    if (!c.active(*part)) {
+      head.masked = true;
+      continue;
+    }
+    const std::size_t number = part - layout.begin(head.block);
+    mask[number / 8] |= std::byte{1} << (number % 8);
+    if (rounds)
+      std::memcpy(residual + part->block_offset, values + part->block_offset, layout.bytes(*part));
+    else if (residual)
+      std::memset(residual + part->block_offset, 0, layout.bytes(*part));
+  }
+  if (head.masked) head.payload_bytes += layout.mask_bytes();
   const std::lock_guard<std::mutex> lock(c.counts_mutex_);
   c.progress_[head.block] = Progress::sent;
   c.stats_.wire_bytes += head.payload_bytes;
@@ -106,7 +127,7 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
       } else if (with_anchor) {
         std::memcpy(anchor(*part), payload, bytes);
       }
-      if (theta) std::memcpy(source(*part), values, bytes);
+      if (theta && active(*part)) std::memcpy(source(*part), values, bytes);
       range = std::max(range, kernels().scan(dtype, values, part->count));
       payload += wire_bytes(layout.dtype(*part), head.answer_wire, part->count);
     }

@@ -8,6 +8,7 @@ namespace hvd_agn {
 class Client::PushTransfer : public Transfer {
  public:
   PushTransfer(Client& client, const Push& push, bool exact) : client_(client), push_(push), exact_(exact) {}
+  bool wants(std::size_t block) const override;
   void request(Message& head, std::byte* payload) override;
   void answer(const Message& head, const std::byte* payload) override;
   void abandon(std::size_t block) override;

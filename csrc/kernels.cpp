@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with HVD_AGN_ISA naming the namespace. Nothing here may instantiate inline
 // functions of other headers: the linker could keep the copy that a lesser processor cannot run.
+#include "kernels_rules.hpp"
 #include "kernels_types.hpp"
 
 #define HVD_AGN_TEXT2(x) #x
@@ -15,7 +16,7 @@ namespace {
 enum class Pass {
   exchange,  // delta = (theta - anchor) / steps; theta = anchor = next
   keep,      // the same, but theta stays
-  apply,     // theta is the delta, and becomes next; no anchor
+  apply,     // delta = theta / steps; theta = next; no anchor
 };
 
 template <class R>
@@ -36,8 +37,10 @@ word<T> fused(const R& rule, T steps, T weight, T* __restrict theta, T* __restri
     T slots[R::kSlots + 1];
     for (int s = 0; s < R::kSlots; ++s) slots[s] = in[(s + 1) * stride + i];
     T delta;
-    if constexpr (kPass == Pass::apply || kValues)
+    if constexpr (kValues)
       delta = theta[i];
+    else if constexpr (kPass == Pass::apply)
+      delta = theta[i] / steps;
     else
       delta = (theta[i] - anchor[i]) / steps;
     if constexpr (!kValues) delta *= weight;
@@ -257,12 +260,12 @@ double sum_of_squares(const void* theta, const void* anchor, std::size_t count) 
   std::size_t i = 0;
   for (; i + kSums <= count; i += kSums) {
     for (std::size_t j = 0; j < kSums; ++j) {
-      const double difference = wide(a[i + j]) - wide(b[i + j]);
+      const double difference = b ? wide(a[i + j]) - wide(b[i + j]) : wide(a[i + j]);
       sums[j] += difference * difference;
     }
   }
   for (; i < count; ++i) {
-    const double difference = wide(a[i]) - wide(b[i]);
+    const double difference = b ? wide(a[i]) - wide(b[i]) : wide(a[i]);
     sums[i % kSums] += difference * difference;
   }
   for (const double each : sums) sum += each;
@@ -281,6 +284,25 @@ double distance(DType dtype, const Piece& p) {
       return sum_of_squares<Bfloat>(p.theta, p.anchor, p.count);
   }
   __builtin_unreachable();
+}
+
+template <class V, class T>
+void add_values(const void* values, T* __restrict sum, std::size_t count) {
+  const V* __restrict v = static_cast<const V*>(values);
+  for (std::size_t i = 0; i < count; ++i) sum[i] += wide(v[i]);
+}
+
+void accumulate(DType dtype, const void* values, void* sum, std::size_t count) {
+  switch (dtype) {
+    case DType::f32:
+      return add_values<float>(values, static_cast<float*>(sum), count);
+    case DType::f64:
+      return add_values<double>(values, static_cast<double*>(sum), count);
+    case DType::f16:
+      return add_values<Half>(values, static_cast<float*>(sum), count);
+    case DType::bf16:
+      return add_values<Bfloat>(values, static_cast<float*>(sum), count);
+  }
 }
 
 void widen(DType dtype, const void* values, std::byte* out, std::size_t count) {
@@ -302,6 +324,7 @@ const Kernels set = {HVD_AGN_TEXT(HVD_AGN_ISA),
                      scan,
                      finite_delta,
                      distance,
+                     accumulate,
                      widen,
                      delta,
                      merge,

@@ -49,7 +49,7 @@ struct Kernels {
   /// delta = (theta - anchor) / steps; out, slots = rule(in, weight * delta); anchor = out, and theta = out unless it
   /// is to be kept. Returns the range of `out` and the slots.
   Range (*exchange)(DType, const Rule&, const Push&, bool keep_theta, const Piece&);
-  /// out, slots = rule(in, weight * theta); theta = out. Of the center's type; no anchor.
+  /// out, slots = rule(in, weight * theta / steps); theta = out. Of the center's type; no anchor.
   Range (*apply)(DType center, const Rule&, const Push&, const Piece&);
   /// theta = in and anchor = in, unless null. Returns the range of `in`.
   Range (*pull)(DType, const Piece&);
@@ -57,12 +57,15 @@ struct Kernels {
   Range (*scan)(DType, const void* values, std::size_t count);
   /// True if (theta - anchor), computed in the center's type, is finite in every element. Slow, exact.
   bool (*finite_delta)(DType, const void* theta, const void* anchor, std::size_t count);
-  /// Sum of the squares of (theta - anchor).
+  /// Sum of the squares of (theta - anchor), or of theta if anchor is null.
   double (*distance)(DType, const Piece&);
+  /// sum (center's dtype) += values (worker's).
+  void (*accumulate)(DType, const void* values, void* sum, std::size_t count);
   /// values (worker's dtype) to out (center's).
   void (*widen)(DType, const void* values, std::byte* out, std::size_t count);
 
-  /// out = (theta - anchor) / steps, plus the residual unless that is null; in the center's type.
+  /// out = (theta - anchor) / steps, or -theta / steps if anchor is null and theta of the center's type; plus the
+  /// residual unless that is null; in the center's type.
   void (*delta)(DType, double steps, const Piece&, const std::byte* residual);
   /// theta += anchor - snapshot: what the center did while theta was trained on.
   void (*merge)(DType, const Piece&, const void* snapshot);

@@ -17,6 +17,16 @@ void delta_of(const void* theta, const void* anchor, T steps, const T* __restric
   }
 }
 
+template <class T>
+void gradient_of(const void* sum, T steps, const T* __restrict residual, T* __restrict out, std::size_t count) {
+  const T* __restrict s = static_cast<const T*>(sum);
+  if (residual) {
+    for (std::size_t i = 0; i < count; ++i) out[i] = -(s[i] / steps) + residual[i];
+  } else {
+    for (std::size_t i = 0; i < count; ++i) out[i] = -(s[i] / steps);
+  }
+}
+
 template <class V>
 void merge_of(void* theta, const void* anchor, const void* snapshot, std::size_t count) {
   V* __restrict t = static_cast<V*>(theta);
@@ -136,6 +146,12 @@ void delta(DType dtype, double steps, const Piece& p, const std::byte* residual)
   const float k = static_cast<float>(steps);
   const float* left = reinterpret_cast<const float*>(residual);
   float* out = reinterpret_cast<float*>(p.out);
+  if (!p.anchor) {
+    if (dtype == DType::f64)
+      return gradient_of<double>(p.theta, steps, reinterpret_cast<const double*>(residual),
+                                 reinterpret_cast<double*>(p.out), p.count);
+    return gradient_of<float>(p.theta, k, left, out, p.count);
+  }
   switch (dtype) {
     case DType::f32:
       return delta_of<float>(p.theta, p.anchor, k, left, out, p.count);

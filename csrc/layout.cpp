@@ -26,6 +26,7 @@ Layout::Layout(std::vector<Segment> segments, std::size_t block_bytes) : segment
     at = round_up(at, kAlignment);
   }
   first_part_.push_back(parts_.size());
+  for (std::size_t b = 0; b < blocks(); ++b) mask_bytes_ = std::max(mask_bytes_, (parts(b) + 7) / 8);
 }
 
 Plan::Plan(const Comm& comm, std::vector<int> hosts, bool mailbox_only)

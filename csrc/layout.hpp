@@ -37,6 +37,9 @@ class Layout {
   const Part* end(std::size_t block) const { return parts_.data() + first_part_[block + 1]; }
   DType dtype(const Part& part) const { return segments_[part.segment].dtype; }
   std::size_t bytes(const Part& part) const { return part.count * item_size(dtype(part)); }
+  std::size_t parts(std::size_t block) const { return first_part_[block + 1] - first_part_[block]; }
+  /// Bytes that have a bit for every part of any block.
+  std::size_t mask_bytes() const { return mask_bytes_; }
   /// Bytes of a block's image up to the end of its last part.
   std::size_t used_bytes(std::size_t block) const {
     return begin(block) == end(block) ? 0 : end(block)[-1].block_offset + bytes(end(block)[-1]);
@@ -47,6 +50,7 @@ class Layout {
   std::size_t block_bytes_;
   std::vector<Part> parts_;
   std::vector<std::size_t> first_part_;  // of each block, and the end
+  std::size_t mask_bytes_ = 0;
 };
 
 constexpr std::size_t round_up(std::size_t value, std::size_t to) {

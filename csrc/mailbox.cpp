@@ -55,6 +55,7 @@ struct Mailbox::Peer {
   std::size_t begin = 0, blocks = 0, start = 0;
   std::uint64_t answered = 0;
   std::size_t next = 0, last = 0;    // of this transfer: sent, to be sent
+  std::size_t block(std::size_t number) const { return begin + (start + number) % blocks; }
   std::vector<std::size_t> pending;  // block asked for in each slot
   std::vector<bool> abandoned;
 
@@ -155,6 +156,10 @@ void Mailbox::free() {
 
 void Mailbox::stop() {
   if (!thread_.joinable()) return;
+  if (getpid() != process_) {  // a forked child has no such thread
+    thread_.detach();
+    return;
+  }
   std::unique_lock<std::mutex> lock(mutex_);
   stopping_ = true;
   changed_.notify_all();
@@ -409,9 +414,11 @@ bool Mailbox::send_requests(Peer& host) {
     Message* message = staging(host, host.sent);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (!transfer_ || host.next == host.last || host.sent - host.answered == ring_) return i > 0;
+      if (!transfer_) return i > 0;
+      while (host.next != host.last && !transfer_->wants(host.block(host.next))) ++host.next;
+      if (host.next == host.last || host.sent - host.answered == ring_) return i > 0;
       *message = Message{};
-      message->block = host.begin + (host.start + host.next) % host.blocks;
+      message->block = host.block(host.next);
       transfer_->request(*message, payload_of(message));
       host.pending[host.sent % ring_] = message->block;
       ++host.next;

@@ -49,7 +49,8 @@ struct Message {
   bool difference = false;
   bool mirrored = false;           // the host is to remember what this client has of the block
   bool refused = false;            // answer: the rule overflowed, the block stayed as it was
-  std::uint8_t reserved[13] = {};  // a window's base is aligned to 8 bytes only
+  bool masked = false;             // push: a bit for each part follows; only parts whose bit is set are pushed
+  std::uint8_t reserved[12] = {};  // a window's base is aligned to 8 bytes only
 };
 static_assert(sizeof(Message) == 64);
 
@@ -57,6 +58,8 @@ static_assert(sizeof(Message) == 64);
 class Transfer {
  public:
   virtual ~Transfer() = default;
+  /// Whether there is anything to ask about this block.
+  virtual bool wants(std::size_t /*block*/) const { return true; }
   /// Fills the head, which names the block, and the payload of its request.
   virtual void request(Message& head, std::byte* payload) = 0;
   virtual void answer(const Message& head, const std::byte* payload) = 0;

@@ -14,6 +14,14 @@ std::size_t encoded_bytes(const Layout& layout, std::size_t block, Wire wire) {
   return bytes;
 }
 
+void keep_part(const Layout& layout, const Layout::Part& part, int slots, std::size_t slot_stride, const std::byte* in,
+               std::byte* out) {
+  for (int plane = 0; plane <= slots; ++plane) {
+    const std::size_t at = plane * slot_stride + part.block_offset;
+    std::memcpy(out + at, in + at, layout.bytes(part));
+  }
+}
+
 void encode_block(const Layout& layout, std::size_t block, Wire wire, std::byte* values, std::byte* out) {
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
     kernels().encode(layout.dtype(*part), wire, values + part->block_offset, out, part->count);
@@ -50,7 +58,7 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
           decode_block(layout_, head.block, head.wire, payload, false, values);
         else if (!in_place)
           std::memcpy(values, payload, layout_.used_bytes(head.block));
-        push(*block, head, values);
+        push(*block, head, values, head.masked ? payload + encoded_bytes(layout_, head.block, head.wire) : nullptr);
         break;
       case Kind::pull:
         std::memcpy(values, block->data(), layout_.used_bytes(head.block));
@@ -74,7 +82,7 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
   return true;
 }
 
-void Service::push(Shard::Block& block, Message& head, std::byte* values) {
+void Service::push(Shard::Block& block, Message& head, std::byte* values, const std::byte* mask) {
   const std::uint64_t version = block.version();
   const double weight = rule_.weight(version > head.version ? version - head.version : 0);
   const Push push = {1, weight, version, head.lr, head.power};
@@ -82,6 +90,11 @@ void Service::push(Shard::Block& block, Message& head, std::byte* values) {
   for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
     if (part != layout_.begin(head.block)) reach(Stage::half_written, head.block);
     const std::size_t at = part->block_offset;
+    if (mask && !in_mask(mask, part - layout_.begin(head.block))) {
+      keep_part(layout_, *part, rule_.slots(), shard_->slot_stride(), block.data(), block.spare());
+      std::memcpy(values + at, block.data() + at, layout_.bytes(*part));
+      continue;
+    }
     const Piece piece = {values + at,           nullptr,    block.data() + at, block.spare() + at,
                          shard_->slot_stride(), part->count};
     range = std::max(range, kernels().apply(layout_.dtype(*part), rule_, push, piece));

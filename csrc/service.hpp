@@ -23,7 +23,8 @@ class Service : public Responder {
   /// The shard's values as a client has them; answers with `difference` tell it what has changed since.
   using Mirror = std::unique_ptr<std::byte[]>;
 
-  void push(Shard::Block& block, Message& head, std::byte* values);
+  /// `mask`: null if all parts are pushed.
+  void push(Shard::Block& block, Message& head, std::byte* values, const std::byte* mask);
   void encode(int worker, Message& head, std::byte* values, std::byte* payload);
   /// Null if there is no memory for it.
   std::byte* mirror(int worker, const Message& head);
@@ -34,6 +35,15 @@ class Service : public Responder {
   std::vector<std::byte> values_;                            // of one block, in the center's types
   std::map<std::pair<int, std::uint32_t>, Mirror> mirrors_;  // by worker and client
 };
+
+/// A part with its slots stays as it was.
+void keep_part(const Layout& layout, const Layout::Part& part, int slots, std::size_t slot_stride, const std::byte* in,
+               std::byte* out);
+
+/// Bits of a block's parts.
+inline bool in_mask(const std::byte* mask, std::size_t part) {
+  return (mask[part / 8] >> (part % 8) & std::byte{1}) != std::byte{0};
+}
 
 /// Bytes of an encoded block.
 std::size_t encoded_bytes(const Layout& layout, std::size_t block, Wire wire);

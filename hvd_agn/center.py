@@ -72,6 +72,9 @@ class Center:
             and the center's changes, rounded to 2, 2 or 1 bytes; what was rounded away is sent later. Costs one more
             copy of the remote shards at the worker, and one per such worker at the hosts.
         overlap: allows :meth:`Client.start`, at the price of one more copy of the arrays.
+        accumulate: ``"updates"``: what is pushed is how far the arrays have come since the last exchange.
+            ``"gradients"``: the gradients given to :meth:`Client.accumulate`; ``rule`` must be given, and takes them as
+            its gradients. Costs one more copy of the arrays, in the center's type, and one more with ``overlap``.
         on_nonfinite: ``"skip"`` or ``"raise"``, see :meth:`exchange`.
         name: used in messages.
         failed: an error of this rank's caller: all ranks raise it, instead of waiting for this one.
@@ -94,6 +97,7 @@ class Center:
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         overlap: bool = False,
+        accumulate: str = config.ACCUMULATE[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
         name: str = "Center",
         failed: AGNError | None = None,
@@ -107,8 +111,13 @@ class Center:
         self.rule = rules.Add() if rule is None else rule
         if not isinstance(self.rule, rules.Rule):
             raise ConfigError(f"rule={rule!r}: give one of hvd_agn.rules, such as rules.Add().")
-        if wire_dtype is not None and self.rule._native().pushes_values:
+        pushes_values = self.rule._native().pushes_values
+        if wire_dtype is not None and pushes_values:
             raise ConfigError(f"wire_dtype={wire_dtype!r}: {self.rule} pushes parameters, not deltas. Leave it out.")
+        config.choose("accumulate", accumulate, config.ACCUMULATE)
+        self._gradients = accumulate == "gradients"
+        if self._gradients and (rule is None or isinstance(rule, rules.Add) or pushes_values):
+            raise ConfigError(f"accumulate='gradients' needs a rule that takes gradients, not {rule}: rules.SGD(lr), ...")
         self._on_nonfinite = on_nonfinite
         self._native: _core.Center | None = None
         self._clients: list[Client] = []
@@ -127,6 +136,7 @@ class Center:
         except StallError:
             shutdown.missing.append(name)
             raise
+        self._name = name
         self._mpi_comm = MPI.Comm.fromhandle(self._comm.handle)
         self.label = f"[rank {self._comm.rank}] {name}"
 
@@ -139,7 +149,7 @@ class Center:
             wide = self._initial(values, signature)
         except Exception as failure:
             error = error or failure
-        self._comm.barrier(_CREATING)
+        self._wait(_CREATING)
         expected = self._mpi_comm.bcast(signature, root=0)
         if error is None and signature != expected and expected:
             error = LayoutError(_first_difference(signature, expected))
@@ -166,6 +176,7 @@ class Center:
         signature.append(("blocks of a ring (HVD_AGN_RING_BLOCKS)", config.RING_BLOCKS.read()))
         signature.append(("transport (HVD_AGN_TRANSPORT)", self._transport))
         signature.append(("rule", repr(self.rule)))
+        signature.append(("accumulate gradients", self._gradients))
         return names, shapes, values, signature
 
     def _hosts(self, center_ranks: Sequence[int] | str) -> list[int]:
@@ -181,13 +192,24 @@ class Center:
             )
         return ranks
 
-    def _agree(self, error: Exception | None, undo: Callable[[], None] = lambda: None) -> None:
+    def _wait(self, what: str, undo: Callable[[], None] = lambda: None) -> None:
+        """For all ranks. Given up on, the center is never to be, and this process must not end with MPI_Finalize."""
+        try:
+            self._comm.barrier(what)
+        except StallError:
+            shutdown.missing.append(self._name)
+            undo()
+            raise
+
+    def _agree(
+        self, error: Exception | None, undo: Callable[[], None] = lambda: None, waits: str = _CREATING
+    ) -> None:
         """Every rank raises if any rank has an error: its own, or else the first. ``undo``: before it does."""
         if error is not None and not isinstance(error, AGNError):  # which may not be possible to send
             error = LayoutError(f"{type(error).__name__}: {error}")
         if error is not None and not str(error).startswith("[rank"):
             error = type(error)(f"{self.label}: {error}")
-        self._comm.barrier(_CREATING)
+        self._wait(waits, undo)
         errors = self._mpi_comm.allgather(error)
         first = next((e for e in errors if e is not None), None)
         if first is not None:
@@ -219,18 +241,21 @@ class Center:
         native = self._together(lambda: _core.Center(self._comm, plan, layout, rule))
         undo = native.disconnect
         self._together(lambda: native.connect(self._comm, config.RING_BLOCKS.read()), undo)
-        self._together(lambda: native.write([wide], 0) if self._comm.rank == 0 else None, undo)
+        waits = "waits for rank 0 to write its parameters to the center"
+        self._together(lambda: native.write([wide], 0) if self._comm.rank == 0 else None, undo, waits)
         self._native = native
         shutdown.centers.append(self)
 
-    def _together(self, part: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+    def _together(
+        self, part: Callable[[], T], undo: Callable[[], None] = lambda: None, waits: str = _CREATING
+    ) -> T:
         """This rank's part of what all ranks do; an error of any rank is raised by all."""
         error: Exception | None = None
         try:
             result = part()
         except Exception as failure:
             error = failure
-        self._agree(error, undo)
+        self._agree(error, undo, waits)
         return result
 
     def _refuse_surroundings(self, hosts: list[int], plan: _core.Plan, shared: int) -> Exception | None:
@@ -280,6 +305,7 @@ class Center:
                 on_nonfinite=self._on_nonfinite,
                 wire_dtype=self._wire_dtype,
                 overlap=self._overlap,
+                gradients=self._gradients,
             )
         except ValueError as error:
             raise LayoutError(f"{self.label}: {error}.") from error

@@ -1,9 +1,12 @@
 """A worker's end of the center: its arrays, its anchor, its exchanges and its statistics."""
 
 import itertools
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
 
 from . import _core
 from .errors import LayoutError, NonFiniteError, NonFiniteWarning, UsageError
@@ -52,13 +55,15 @@ class Client:
         on_nonfinite: str,
         wire_dtype: str | None,
         overlap: bool,
+        gradients: bool,
     ) -> None:
         self._center = center
         self._names = list(names)
         self._arrays = list(arrays)
         self._on_nonfinite = on_nonfinite
+        self._blocks_refused = 0
         self._native: _core.Client | None = _core.Client(
-            center._open(), register(names, arrays), wire_dtype or "none", overlap
+            center._open(), register(names, arrays), wire_dtype or "none", overlap, gradients
         )
 
     def _open(self) -> _core.Client:
@@ -66,8 +71,50 @@ class Client:
             raise UsageError(f"{self._center.label}: used after close().")
         return self._native
 
+    def accumulate(self, gradients: Sequence[Any]) -> None:
+        """Add a local step's gradients to those since the last exchange; for ``accumulate="gradients"``.
+
+        Args:
+            gradients: one per array, of its size, contiguous; None where there is none. An array without any gradient
+                since its last push is neither pushed nor pulled by the next exchange.
+
+        Raises:
+            LayoutError: a gradient does not match its array; nothing was added.
+            UsageError: the center pushes updates.
+        """
+        buffers = [
+            None if gradient is None else _buffer(f"the gradient of {name}", gradient)
+            for name, gradient in zip(self._names, gradients, strict=False)
+        ]
+        if len(gradients) != len(self._names):
+            raise LayoutError(f"{self._center.label}: {len(gradients)} gradients for {len(self._names)} arrays.")
+        try:
+            self._open().accumulate(buffers)
+        except ValueError as error:
+            raise LayoutError(f"{self._center.label}: {error}.") from None
+
+    def accumulators(self) -> list[np.ndarray]:
+        """What is accumulated for each array, in its shape and the center's type: the memory itself.
+
+        Whoever adds to one calls :meth:`touch` with True in its place.
+        """
+        native = self._open()
+        return [native.accumulator(i).reshape(tuple(a.shape)) for i, a in enumerate(self._arrays)]
+
+    @property
+    def touched(self) -> list[bool]:
+        """Of each array: whether it has had a gradient since its last push."""
+        return self._open().touched
+
+    def touch(self, arrays: Sequence[bool]) -> None:
+        """Say which arrays have had a gradient."""
+        self._open().touch(list(arrays))
+
     def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | None = None) -> bool:
         """Push ``(arrays - anchor) / steps``, and set arrays and anchor to the center.
+
+        With ``rules.Elastic``: push the arrays, and move them towards the center.
+        With ``accumulate="gradients"``: push the accumulated gradients divided by ``steps``, and drop them.
 
         Args:
             steps: local steps since the last exchange, above 0.
@@ -87,9 +134,10 @@ class Client:
         return self._accept(self._open().exchange(steps, exact, self._rate(lr)))
 
     def _accept(self, refused: int) -> bool:
-        if refused < 0:
-            return True
         native = self._open()
+        if refused < 0:
+            self._warn_of_refused_blocks(native.blocks_refused)
+            return True
         text = (
             f"{self._center.label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
             f"refused and the center is untouched ({native.stats()['pushes_refused']} so far on this rank). "
@@ -104,6 +152,16 @@ class Client:
             stacklevel=4,
         )
         return False
+
+    def _warn_of_refused_blocks(self, count: int) -> None:
+        if count > self._blocks_refused:
+            warnings.warn(
+                f"{self._center.label}: {self._center.rule} overflowed in {count - self._blocks_refused} blocks of the "
+                "center. They stay as they were, and this worker's update of them is dropped. Check the learning rate.",
+                NonFiniteWarning,
+                stacklevel=5,
+            )
+        self._blocks_refused = count
 
     def start(self, steps: float = 1, *, lr: float | None = None) -> None:
         """Begin an exchange of the arrays as they are now, in the background; they may change meanwhile.
@@ -121,7 +179,11 @@ class Client:
         if (lr is None) == self._center.rule.follows:
             what = "needs the worker's learning rate: give lr=" if lr is None else "has its own learning rate: no lr="
             raise UsageError(f"{self._center.label}: {self._center.rule} {what}.")
-        return lr or 0.0
+        if lr is None:
+            return 0.0
+        if not (isinstance(lr, numbers.Real) and 0 <= lr < float("inf")):
+            raise UsageError(f"{self._center.label}: lr={lr!r}: give a finite number, 0 or more.")
+        return float(lr)
 
     @property
     def started(self) -> bool:
@@ -153,11 +215,11 @@ class Client:
         return self._open().owes
 
     def pull(self) -> None:
-        """Set arrays and anchor to the center; what was not pushed is dropped."""
+        """Set arrays and anchor to the center; what was not pushed or is accumulated is dropped."""
         self._open().pull()
 
     def forget(self) -> None:
-        """Owe the center nothing: it is another now than what was rounded away was meant for."""
+        """Owe the center nothing: it is another now than what was rounded away or accumulated was meant for."""
         self._open().forget()
 
     def peek(self) -> None:
@@ -190,6 +252,15 @@ class Client:
     def stats(self) -> Stats:
         """What this client has done so far."""
         return self._open().stats()  # type: ignore[return-value]
+
+    @property
+    def power(self) -> float:
+        """Local steps and pushes so far, added up: what ``Adam(bias_correction="tf_contrib")`` counts by."""
+        return self._open().power
+
+    @power.setter
+    def power(self, value: float) -> None:
+        self._open().power = value
 
     @property
     def extra_bytes(self) -> int:

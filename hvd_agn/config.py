@@ -24,6 +24,9 @@ TRANSPORTS = ("auto", "direct", "mailbox")
 WIRES = (None, "bf16", "fp16", "int8")
 """What travels between nodes; None is the center's own type."""
 
+ACCUMULATE = ("updates", "gradients")
+"""What a worker pushes the mean of; the first is the default."""
+
 CENTER_RANKS = (0,)
 """Ranks that host the center's shards."""
 

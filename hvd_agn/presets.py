@@ -17,7 +17,7 @@ def downpour() -> dict[str, Any]:
 
 def easgd(workers: int) -> dict[str, Any]:
     """Elastic averaging, with the paper's 0.9 shared by the workers (Zhang et al., NeurIPS 2015, arXiv 1412.6651)."""
-    return {"rule": rules.Elastic(0.9 / workers)}
+    return {"rule": rules.Elastic(0.9 / rules.whole("workers", workers, "workers"))}
 
 
 def dynsgd() -> dict[str, Any]:
@@ -27,4 +27,4 @@ def dynsgd() -> dict[str, Any]:
 
 def diloco_async(workers: int) -> dict[str, Any]:
     """DiLoCo without rounds: delayed Nesterov momentum on the sum of updates (Liu et al. 2024, arXiv 2401.09135)."""
-    return {"rule": rules.DelayedNesterov(lr=0.7, momentum=0.9, every=workers), "normalize": False}
+    return {"rule": rules.DelayedNesterov(lr=0.7, momentum=0.9, every=rules.whole("workers", workers, "workers")), "normalize": False}

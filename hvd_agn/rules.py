@@ -8,6 +8,7 @@ is the number of pushes that the block has had, this one among them. Slots live 
 
 import dataclasses
 import numbers
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +29,8 @@ class Rule:
             it: ``"none"``: 1; ``"inverse"``: ``1 / (tau + 1)`` (DynSGD: Jiang, Cui, Zhang, Yu, SIGMOD 2017, section
             4); ``"sqrt"``: ``1 / sqrt(tau + 1)``.
         clip_norm: a delta whose Euclidean norm over all arrays is larger is scaled to this norm, by the worker that
-            pushes it. Costs one more reading of its parameters and anchor.
+            pushes it. Costs one more reading of its parameters and anchor. What a ``wire_dtype`` has rounded away
+            before comes on top.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
@@ -65,7 +67,7 @@ class Rule:
         return getattr(self, "lr", None) == FOLLOW
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
-        raise TypeError(f"{type(self).__name__} is not a rule: use one of hvd_agn.rules, such as rules.Add().")
+        raise ConfigError(f"{type(self).__name__} is not a rule: use one of hvd_agn.rules, such as rules.Add().")
 
     def _native(self) -> _core.Rule:
         kind, hyper = self._kind()
@@ -131,6 +133,7 @@ class SGD(Rule):
         _learning_rate(self)
         _finite(self, "momentum", "weight_decay", least=0)
         _finite(self, "dampening")
+        _flags(self, "nesterov")
         if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
             raise ConfigError("rules.SGD: nesterov=True needs momentum > 0 and dampening=0.")
 
@@ -153,7 +156,7 @@ class Adam(Rule):
     Args:
         lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
         betas: of m and v, each from 0 to below 1.
-        eps: at least 0.
+        eps: above 0.
         weight_decay: L2 factor, at least 0.
         bias_correction: ``"torch"``: as above. ``"tf_contrib"``: what ``tf.contrib.opt.AGNOptimizer`` did, for
             comparisons with it: instead of ``t`` the steps and the pushes of the pushing worker alone, and ``eps``
@@ -173,7 +176,8 @@ class Adam(Rule):
         super().__post_init__()
         _learning_rate(self)
         _betas(self)
-        _finite(self, "eps", "weight_decay", least=0)
+        _finite(self, "eps", above=0)
+        _finite(self, "weight_decay", least=0)
         if self.bias_correction not in BIAS_CORRECTIONS:
             choices = ", ".join(BIAS_CORRECTIONS)
             raise ConfigError(f"{self._label}: bias_correction={self.bias_correction!r}: give one of {choices}.")
@@ -207,7 +211,7 @@ class Adagrad(Rule):
         lr_decay: at least 0.
         weight_decay: L2 factor, at least 0.
         initial_accumulator_value: of ``sum``, at least 0. TensorFlow's default is 0.1, with ``eps=0``.
-        eps: at least 0.
+        eps: at least 0, and above 0 if ``initial_accumulator_value`` is 0.
     """
 
     slots: ClassVar[tuple[str, ...]] = ("sum",)
@@ -222,6 +226,8 @@ class Adagrad(Rule):
         super().__post_init__()
         _learning_rate(self)
         _finite(self, "lr_decay", "weight_decay", "initial_accumulator_value", "eps", least=0)
+        if self.eps == 0 and self.initial_accumulator_value == 0:
+            raise ConfigError("rules.Adagrad: eps=0 divides 0 by 0 where a gradient is 0: give initial_accumulator_value.")
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         hyper = _hyper(self)
@@ -241,7 +247,7 @@ class RMSprop(Rule):
     Args:
         lr: learning rate, at least 0, or ``"follow"``: that of the worker that pushes, at that moment.
         alpha: from 0 to below 1.
-        eps: at least 0.
+        eps: above 0.
         weight_decay: L2 factor, at least 0.
         momentum: at least 0.
         centered: divide by the deviation from the mean gradient.
@@ -264,7 +270,9 @@ class RMSprop(Rule):
         super().__post_init__()
         _learning_rate(self)
         _finite(self, "alpha", least=0, below=1)
-        _finite(self, "eps", "weight_decay", "momentum", "initial_square_avg", least=0)
+        _finite(self, "eps", above=0)
+        _finite(self, "weight_decay", "momentum", "initial_square_avg", least=0)
+        _flags(self, "centered", "eps_inside_root")
 
     def active_slots(self) -> tuple[str, ...]:  # noqa: D102 (inherited)
         return tuple(slot for slot, on in zip(self.slots, (True, self.centered, self.momentum), strict=True) if on)
@@ -328,12 +336,7 @@ class DelayedNesterov(Rule):
         super().__post_init__()
         _learning_rate(self)
         _finite(self, "momentum", least=0)
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or not 1 <= self.every < 2**31:
-            raise ConfigError(f"{self._label}: every={self.every!r}: give a whole number of pushes, 1 or more.")
-
-    @property
-    def factor(self) -> float | None:  # noqa: D102 (inherited)
-        return None if isinstance(self.lr, str) else self.lr / self.every
+        object.__setattr__(self, "every", whole(f"{self._label}: every", self.every, "pushes"))
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         return "delayed_nesterov", _hyper(self)
@@ -398,8 +401,13 @@ def like(optimizer: Any, **changes: Any) -> Rule:
     if set_flags := [flag for flag in _NOT_HERE if any(group.get(flag) for group in groups)]:
         raise ConfigError(f"rules.like: no rule has {name}'s {set_flags[0]}=True. Name the rule yourself.")
     kind, names = _LIKE[name]
-    if name == "Adam" and groups[0].get("decoupled_weight_decay"):
+    decoupled = [bool(group.get("decoupled_weight_decay")) for group in groups]
+    if name == "Adam" and any(decoupled):
+        if not all(decoupled):
+            raise ConfigError("rules.like: the parameter groups differ in decoupled_weight_decay. Name the rule yourself.")
         kind = AdamW
+    if unknown := [key for key in changes if key not in {field.name for field in dataclasses.fields(kind)}]:
+        raise ConfigError(f"rules.like: {kind.__name__} has no {unknown[0]}. It is {kind.__name__}{_arguments(kind)}.")
     for key in names:
         values = [group[key] for group in groups]
         if key not in changes and any(value != values[0] for value in values):
@@ -413,6 +421,29 @@ def like(optimizer: Any, **changes: Any) -> Rule:
 
 
 # ---- checks of hyper-parameters
+
+
+def _arguments(kind: type[Rule]) -> str:
+    return f"({', '.join(field.name for field in dataclasses.fields(kind))})"
+
+
+def whole(what: str, value: Any, unit: str) -> int:
+    """The value as an int of 1 or more; ConfigError if it is none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or not 1 <= number < 2**31:
+        raise ConfigError(f"{what}={value!r}: give a whole number of {unit}, 1 or more.")
+    return number
+
+
+def _flags(rule: Rule, *names: str) -> None:
+    for name in names:
+        value = getattr(rule, name)
+        if value not in (False, True):
+            raise ConfigError(f"{rule._label}: {name}={value!r}: give True or False.")
+        object.__setattr__(rule, name, bool(value))
 
 
 def _hyper(rule: Any, *others: str) -> dict[str, Any]:

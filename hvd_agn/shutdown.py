@@ -52,6 +52,8 @@ def finish() -> None:
                 file=sys.stderr,
                 flush=True,
             )
+        for _, _, memory in finished:  # before any call of MPI, which a stuck thread may hold up
+            memory.await_thread()
         for _, comm, memory in sorted(finished, key=lambda entry: entry[0]):
             memory.free(comm)
             comm.free()

@@ -42,6 +42,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         communication_period: local steps between two exchanges, at least 1.
         rule: what the center does with a delta; None is ``hvd_agn.rules.Add()``.
         normalize: push the mean update per step, as AGN does; False: their sum, as DOWNPOUR does.
+        accumulate: ``"updates"``, or ``"gradients"``: push the mean of the gradients instead, as
+            ``tf.contrib.opt.AGNOptimizer`` did. Then ``rule`` is by default the optimizer's own kind,
+            :func:`hvd_agn.rules.like`. A parameter that has had no gradient in a period is neither pushed nor pulled.
+            Costs one more copy of the parameters, in float32 for half types.
         overlap: exchange in the background while training goes on. At the end of a period a snapshot of the parameters
             is taken and pushed; when the center's answer has come, the next ``step()`` adds to the parameters what the
             center had that the snapshot had not. A boundary waits only if the exchange before it has not ended. Costs
@@ -69,6 +73,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         *,
         rule: rules.Rule | None = None,
         normalize: bool = True,
+        accumulate: str = config.ACCUMULATE[0],
         overlap: bool = False,
         named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
         comm: "MPI.Comm | None" = None,
@@ -95,6 +100,11 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         self._overlap = overlap
         self._normalize = normalize
+        self._gradients = accumulate == "gradients"
+        if rule is None and self._gradients:
+            rule = rules.like(optimizer)
+        if not normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
+            raise ConfigError("normalize=False: bias_correction='tf_contrib' counts the steps of a mean. Leave one out.")
         self._steps_since_exchange = 0
         self._steps_under_way = 0
         """Of the exchange in the background."""
@@ -102,11 +112,13 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._viewing_center = False
         self._layout_changed = False
         tensors: dict[str, torch.Tensor] = {}
-        failed: LayoutError | None = None
+        failed: AGNError | None = None
         try:
+            if rule is not None and rule.follows:
+                _learning_rate(optimizer)
             self._parameters = Parameters(optimizer, named_parameters)
             tensors = {e.name: e.tensor for e in self._parameters.exchanged}
-        except LayoutError as error:  # the center tells the other ranks
+        except (ConfigError, LayoutError) as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
             tensors,
@@ -116,19 +128,21 @@ class AGNOptimizer(torch.optim.Optimizer):
             transport=transport,
             wire_dtype=wire_dtype,
             overlap=overlap,
+            accumulate=accumulate,
             on_nonfinite=on_nonfinite,
             name=name,
             failed=failed,
         )
         """The :class:`hvd_agn.Center`: save, load, snapshot."""
         self._client = self.center.arrays_client
+        self._sums = [torch.from_numpy(sums) for sums in self._client.accumulators()] if self._gradients else []
         self._parameters.write_back()
         self.center.own(self)
         self._warn_if_stale()
 
     def _warn_if_stale(self) -> None:
         factor = self.center.rule.factor
-        if factor is None:
+        if factor is None or self.center.rule.staleness != rules.STALENESS[0]:
             return
         moves = factor * self.center.size  # mean updates that the center moves by in a period
         if not self._normalize:
@@ -136,11 +150,14 @@ class AGNOptimizer(torch.optim.Optimizer):
         ratio = moves / self.communication_period
         if ratio > config.STALENESS_LIMIT and self.center.rank == 0:
             period = math.ceil(moves / config.STALENESS_LIMIT)
-            longer = f"communication_period={period} or more" if self._normalize else "normalize=True"
+            longer = f"communication_period={period} or more, or "
+            if not self._normalize:
+                helps = moves / self.communication_period**2 <= config.STALENESS_LIMIT
+                longer = "normalize=True, or " if helps else ""
             warnings.warn(
                 f"{self.center.label}: {self.center.size} workers, a communication period of "
                 f"{self.communication_period} and {self.center.rule} move the center by {ratio:.1f} mean updates per "
-                f"step; published runs of AGN diverge above about 2.5. Use {longer}, or "
+                f"step; published runs of AGN diverge above about 2.5. Use {longer}"
                 f"a rule with {factor * config.STALENESS_LIMIT / ratio:.2g} for {factor:g}.",
                 StalenessWarning,
                 stacklevel=3,
@@ -219,7 +236,11 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.check_open("step()")
         if self._client.ready:
             self._land()
+        if self._gradients and closure is None:  # the optimizer may change them in place
+            self._accumulate()
         loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
+        if self._gradients and closure is not None:
+            self._accumulate()
         self._steps += 1
         self._steps_since_exchange += 1
         if self._steps_since_exchange >= self.communication_period:
@@ -228,8 +249,13 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     # ---- exchange
 
+    def _accumulate(self) -> None:
+        self._client.touch(self._parameters.add_gradients(self._sums))
+
     def flush(self) -> None:
         """Push the steps taken since the last exchange, if any, and pull. Waits for no other worker.
+
+        With ``rules.Elastic`` an exchange, after which the parameters are not the center's: ``pull()`` makes them so.
 
         What ``wire_dtype`` has rounded away so far is pushed too.
         """
@@ -360,13 +386,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         """For a rule that follows it."""
         if not self.center.rule.follows:
             return None
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) > 1:
-            raise ConfigError(
-                f"{self.center.label}: {self.center.rule} follows one learning rate, the parameter groups have "
-                f"{sorted(rates)}. Give the rule a number, or wrap one optimizer per group."
-            )
-        return rates.pop()
+        try:
+            return _learning_rate(self.optimizer)
+        except ConfigError as error:
+            raise ConfigError(f"{self.center.label}: {error}") from None
 
     def _land(self) -> None:
         """End the exchange in the background, if there is one: wait for it, and merge what it brought."""
@@ -407,9 +430,17 @@ class AGNOptimizer(torch.optim.Optimizer):
                 "size": self.center.size,
                 "steps": self._steps,
                 "steps_since_exchange": self._steps_since_exchange,
+                "power": self._client.power,
                 "anchor": anchor,
+                **self._saved_sums(),
             },
         }
+
+    def _saved_sums(self) -> dict[str, Any]:
+        if not self._gradients:
+            return {}
+        parts = zip(self._parameters.exchanged, self._sums, self._client.touched, strict=True)
+        return {"gradients": {e.name: sums.clone() for e, sums, touched in parts if touched}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Restore what :meth:`state_dict` saved. Not collective.
@@ -443,6 +474,24 @@ class AGNOptimizer(torch.optim.Optimizer):
             self.pull()
             return
         self._steps_since_exchange = own["steps_since_exchange"]
+        self._client.power = own.get("power", 0.0)
         self._client.forget()
+        if self._gradients:
+            saved = [own.get("gradients", {}).get(e.name) for e in self._parameters.exchanged]
+            for sums, value in zip(self._sums, saved, strict=True):
+                if value is not None:
+                    sums.copy_(value)
+            self._client.touch([value is not None for value in saved])
         for index, e in enumerate(self._parameters.exchanged):
             self._client.write_anchor(index, own["anchor"][e.name].detach().cpu().contiguous())
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The one of all parameter groups, for a rule that follows it."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
+    if len(rates) != 1:
+        found = f"the parameter groups have {sorted(rates)}" if rates else "this optimizer has none"
+        raise ConfigError(
+            f"the rule follows one learning rate, {found}. Give the rule a number, or wrap one optimizer per group."
+        )
+    return rates.pop()

@@ -95,6 +95,33 @@ class Parameters:
                     client.rebind(index, e.tensor)
 
     @torch.no_grad()
+    def add_gradients(self, sums: list[torch.Tensor]) -> list[bool]:
+        """Add each parameter's gradient, and those of what is tied to it, to its sum; sparse ones sparsely.
+
+        Args:
+            sums: as ``exchanged``: tensors on the CPU of the parameters' shapes, float64 or float32.
+
+        Returns:
+            Which parameters have a gradient.
+        """
+        places = {id(e): i for i, e in enumerate(self.exchanged)}
+        gradients = [(i, e.parameter.grad) for i, e in enumerate(self.exchanged)]
+        gradients += [(places[id(leader)], parameter.grad) for _, parameter, leader in self._tied]
+        plain: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for i, gradient in gradients:
+            if gradient is None:
+                continue
+            if gradient.layout == torch.strided and gradient.device.type == "cpu" and gradient.dtype == sums[i].dtype:
+                plain[0].append(sums[i])
+                plain[1].append(gradient)
+            else:
+                sums[i].add_(gradient.to("cpu", sums[i].dtype))
+        if plain[0]:
+            torch._foreach_add_(*plain)
+        touched = {i for i, gradient in gradients if gradient is not None}
+        return [i in touched for i in range(len(self.exchanged))]
+
+    @torch.no_grad()
     def write_back(self) -> None:
         """Tell autograd that the parameters changed; empty the copies into those that have one."""
         for e in self.exchanged:

@@ -33,7 +33,12 @@ RULES = [
     rules.SGD(0.5, 0.9, staleness="sqrt"),
     rules.Elastic(0.5, staleness="inverse"),
 ]
-FEW_RULES = [rules.Add(), rules.SGD(0.7, 0.9, nesterov=True), rules.Adam(0.1), rules.Elastic(0.3)]
+FEW_RULES = [
+    rules.Add(),
+    rules.SGD(0.7, 0.9, nesterov=True),
+    rules.Adam(0.1, bias_correction="tf_contrib", staleness="sqrt"),
+    rules.Elastic(0.3),
+]
 
 
 class ReferenceCenter:
@@ -108,7 +113,7 @@ def rmsprop(c, delta, slots, h, t, lr, power):
     square += T(1 - h.alpha) * (g * g - square)
     if h.centered:
         slots["grad_avg"] += T(1 - h.alpha) * (g - slots["grad_avg"])
-        square = square - slots["grad_avg"] * slots["grad_avg"]
+        square = np.maximum(square - slots["grad_avg"] * slots["grad_avg"], T(0))
     root = np.sqrt(square + T(h.eps)) if h.eps_inside_root else np.sqrt(square) + T(h.eps)
     step = g / root
     if h.momentum:

@@ -1,5 +1,6 @@
 """Mailboxes whose other end is stopped, idle, forked, or gone; on one machine."""
 
+import gc
 import os
 import re
 import resource
@@ -224,6 +225,10 @@ def fork_a_child(host):
             center.exchange(1)
         except UsageError as error:
             code = 0 if "[rank 1] the center was created in another process" in str(error) else 2
+            # What the interpreter does at its end: the core lets go of a thread that is not there.
+            host.centers.clear()
+            center.arrays_client._native = center._native = None
+            gc.collect()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

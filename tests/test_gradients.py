@@ -1,0 +1,327 @@
+"""accumulate="gradients": what is pushed is the mean of the gradients that there were."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mailboxes import at_a_worker, wait_until
+from ranks import on_ranks
+from reference import RULES, ReferenceCenter, wide
+from torch import nn
+
+from hvd_agn import Center, rules
+from hvd_agn.errors import ConfigError, LayoutError, NonFiniteError, NonFiniteWarning, UsageError
+from hvd_agn.torch import AGNOptimizer
+
+GRADIENT_RULES = [rule for rule in RULES if not isinstance(rule, (rules.Add, rules.Elastic))]
+SIZES = [512, 256, 1024, 256]  # whole blocks of 1024 bytes in float32: each array has a version of its own
+
+
+class Worker:
+    """The reference: one center per array."""
+
+    def __init__(self, centers, dtypes):
+        self.centers, self.power = centers, 0
+        self.arrays = [c.center[0].astype(t) for c, t in zip(centers, dtypes, strict=True)]
+        self.sums = [np.zeros_like(c.center[0]) for c in centers]
+        self.touched = [False] * len(centers)
+        self.seen = [c.pushes for c in centers]
+
+    def accumulate(self, gradients):
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.sums[i] += wide(gradient)
+                self.touched[i] = True
+
+    def push(self, steps):
+        """The centers' part; what the worker then takes over."""
+        self.power += steps + 1
+        taken = {}
+        for i, center in enumerate(self.centers):
+            if not self.touched[i]:
+                continue
+            T = self.sums[i].dtype.type
+            missed = center.pushes - self.seen[i]
+            weight = {"none": 1.0, "inverse": 1 / (missed + 1), "sqrt": 1 / np.sqrt(missed + 1)}[center.rule.staleness]
+            center.push(0, -(self.sums[i] / T(steps)) * T(weight), None, self.power)
+            center.pushes += 1
+            self.seen[i] = center.pushes
+            self.sums[i][...] = 0
+            taken[i] = center.center[0].astype(self.arrays[i].dtype)
+        self.touched = [False] * len(self.centers)
+        return taken
+
+    def exchange(self, steps):
+        for i, value in self.push(steps).items():
+            self.arrays[i][...] = value
+
+    def start(self, steps):
+        self.snapshot = [a.copy() for a in self.arrays]
+        self.taken = self.push(steps)
+
+    def finish(self):
+        for i, value in self.taken.items():
+            theta = self.arrays[i]
+            theta[...] = (wide(theta) + (wide(value) - wide(self.snapshot[i]))).astype(theta.dtype)
+
+
+def random_schedule(make, rule, dtype, seed, overlap=False):
+    """Three workers, gradients that are missing now and then, local steps; all that can be seen equals the reference."""
+    rng = np.random.default_rng(seed)
+    initial = [rng.standard_normal(n // (2 if dtype == "f8" else 1)).astype(dtype) for n in SIZES]
+    centers = [ReferenceCenter([a], rule) for a in initial]
+    theirs = [Worker(centers, [dtype] * len(SIZES)) for _ in range(3)]
+    ours = [[a.copy() for a in initial] for _ in range(3)]
+    center = make(ours[0], rule, accumulate="gradients", overlap=overlap)
+    clients = [center.arrays_client] + [center.client(arrays) for arrays in ours[1:]]
+    for _ in range(40):
+        who, what, steps = int(rng.integers(3)), rng.random(), int(rng.integers(1, 9))
+        mine, expected = clients[who], theirs[who]
+        if what < 0.6:
+            gradients = [rng.standard_normal(a.shape).astype(dtype) if rng.random() < 0.7 else None for a in initial]
+            mine.accumulate(gradients)
+            expected.accumulate(gradients)
+            for array, other in zip(ours[who], expected.arrays, strict=True):
+                update = rng.standard_normal(array.shape).astype(dtype)
+                array += update
+                other += update
+        elif mine.started:
+            assert mine.finish()
+            expected.finish()
+        elif overlap and what < 0.9:
+            mine.start(steps)
+            wait_until(lambda c=mine: c.ready, "the exchange in the background")
+            expected.start(steps)
+        else:
+            assert mine.exchange(steps)
+            expected.exchange(steps)
+        for array, other in zip(ours[who], expected.arrays, strict=True):
+            np.testing.assert_array_equal(array, other)
+        for sums, other in zip(mine.accumulators(), expected.sums, strict=True):
+            np.testing.assert_array_equal(sums, other)
+        assert mine.touched == expected.touched
+        values, slots, _ = center._read()
+        for i, (value, reference) in enumerate(zip(values.values(), centers, strict=True)):
+            np.testing.assert_array_equal(value, reference.center[0])
+            for name, arrays in slots.items():
+                np.testing.assert_array_equal(arrays[f"array {i}"], reference.slots[name][0])
+    assert max(c.pushes for c in centers) > 5
+
+
+@pytest.mark.parametrize("rule", GRADIENT_RULES, ids=repr)
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])
+def test_random_schedules(rule, dtype, kernels):
+    random_schedule(Center, rule, dtype, seed=1)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])
+def test_random_schedules_with_overlap(dtype):
+    for seed, rule in enumerate(GRADIENT_RULES):
+        random_schedule(Center, rule, dtype, seed, overlap=True)
+
+
+def missing_parts(make, wire=None):
+    """Small arrays share blocks: those without a gradient stay as they are, at the worker and at the center."""
+    arrays = [np.full(n, 10.0) for n in (3, 200, 50, 7, 0, 300)]
+    center = make(arrays, rules.SGD(1.0, 0.5), accumulate="gradients", wire_dtype=wire)
+    client = center.arrays_client
+    pushes = np.zeros(len(arrays))
+    for present in ([0, 2, 5], [1], [], [0, 1, 2, 3, 4, 5], [3]):
+        for array in arrays:
+            array += 100  # what the worker did on its own
+        client.accumulate([np.full(a.shape, 2.0) if i in present else None for i, a in enumerate(arrays)])
+        client.exchange(1)
+        before = center.snapshot()
+        for i, (array, value) in enumerate(zip(arrays, before.values(), strict=True)):
+            if i in present:
+                pushes[i] += 1
+                np.testing.assert_allclose(array, value, rtol=1e-2)
+                array[...] = value
+            else:
+                assert (array > 100).all() or array.size == 0
+                array -= 100
+            # velocities 2, 3, ... of a momentum of 0.5, only by this array's pushes
+            expected = 10 - sum(2 * (2 - 0.5**n) for n in range(int(pushes[i])))
+            np.testing.assert_allclose(value, expected, rtol=1e-2 if wire else 1e-12)
+    client.exchange(1, exact=True)
+    return "done"
+
+
+def test_missing_parts():
+    missing_parts(Center)
+
+
+def by_mailbox(folder):
+    def drive(host):
+        for seed, rule in enumerate(GRADIENT_RULES):
+            random_schedule(host.center, rule, ("f4", "f8", "f2")[seed % 3], seed, overlap=seed % 2 == 0)
+        for wire in (None, "bf16", "fp16", "int8"):
+            missing_parts(host.center, wire)
+        sums_are_exact(host)
+        return "done"
+
+    return at_a_worker(folder, drive)
+
+
+def sums_are_exact(host):
+    """What wires round away is kept per array, also while an array has no gradient, and pushed in the end."""
+    rng = np.random.default_rng(0)
+    for wire in ("bf16", "fp16", "int8"):
+        arrays = [np.zeros(n) for n in (3, 200, 50, 300)]
+        center = host.center(arrays, rules.SGD(1.0), accumulate="gradients", wire_dtype=wire)
+        total = [np.zeros(a.shape) for a in arrays]
+        for _ in range(8):
+            gradients = [rng.integers(-5000, 5001, a.shape).astype(float) for a in arrays]
+            chosen = rng.random(len(arrays)) < 0.6
+            center.arrays_client.accumulate([g if c else None for g, c in zip(gradients, chosen, strict=True)])
+            center.exchange(1)
+            for sum_, gradient, c in zip(total, gradients, chosen, strict=True):
+                sum_ -= gradient * c
+        center.exchange(1, exact=True)
+        assert not center.arrays_client.owes
+        for value, expected in zip(center.snapshot().values(), total, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6)
+
+
+def test_by_mailbox(tmp_path):
+    assert on_ranks(2, by_mailbox, str(tmp_path)) == [None, "done"]
+
+
+# ---- refused
+
+def test_a_gradient_with_nan_is_refused():
+    theta = [np.zeros(600, "f4"), np.zeros(300, "f4")]
+    center = Center(theta, rules.SGD(1.0), accumulate="gradients")
+    client = center.arrays_client
+    client.accumulate([np.ones(600, "f4"), np.full(300, np.nan, "f4")])
+    with pytest.warns(NonFiniteWarning, match="the update of 'array 1' has a NaN"):
+        assert not client.exchange(1)
+    assert client.touched == [False, False]
+    client.accumulate([np.ones(600, "f4"), None])
+    assert client.exchange(1)
+    np.testing.assert_array_equal(center.snapshot()["array 0"], -1)
+
+    center = Center([np.zeros(3)], rules.SGD(1.0), accumulate="gradients", on_nonfinite="raise")
+    center.arrays_client.accumulate([np.full(3, np.inf)])
+    with pytest.raises(NonFiniteError):
+        center.exchange(1)
+    assert center.arrays_client.touched == [True]
+    center.pull()
+    assert center.arrays_client.touched == [False]
+
+
+@pytest.mark.parametrize("rule", [None, rules.Add(), rules.Elastic(0.5)])
+def test_a_rule_that_takes_no_gradients(rule):
+    with pytest.raises(ConfigError, match=r"accumulate='gradients' needs a rule that takes gradients, not"):
+        Center([np.zeros(3)], rule, accumulate="gradients")
+
+
+def test_bad_gradients():
+    center = Center([np.zeros(3), np.zeros(4, "f4")], rules.SGD(1.0), accumulate="gradients")
+    client = center.arrays_client
+    for gradients, message in (
+        ([np.zeros(3)], "1 gradients for 2 arrays"),
+        ([np.zeros(3), np.zeros(3, "f4")], "gradient 1 does not match"),
+        ([np.zeros(3), np.zeros(4)], "gradient 1 does not match"),
+        ([np.zeros(6)[::2], None], "'the gradient of array 0'.*it is not contiguous"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            client.accumulate(gradients)
+    assert client.touched == [False, False]
+    with pytest.raises(UsageError, match='needs a center made with accumulate="gradients"'):
+        Center([np.zeros(3)]).arrays_client.accumulate([np.zeros(3)])
+    with pytest.raises(ConfigError, match="accumulate='grads': give one of updates, gradients"):
+        Center([np.zeros(3)], accumulate="grads")
+
+
+# ---- through torch
+
+
+def wrapped(seed=0, dtype=torch.float32, **options):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 9)
+    model = nn.Sequential(*layers).to(dtype, memory_format=torch.channels_last)
+    options = {"accumulate": "gradients", "named_parameters": model.named_parameters(), **options}
+    return model, AGNOptimizer(torch.optim.Adam(model.parameters(), 0.01), 3, **options)
+
+
+def backward(model, step):
+    model.zero_grad()
+    x = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+    model(x).square().mean().backward()
+
+
+def test_the_default_rule_is_that_of_the_optimizer():
+    assert wrapped()[1].center.rule == rules.Adam(0.01)
+    assert wrapped(rule=rules.SGD(0.5))[1].center.rule == rules.SGD(0.5)
+    with pytest.raises(ConfigError, match="not LBFGS. Name the rule"):
+        AGNOptimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(3))]), accumulate="gradients")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_worker_written_out(dtype):
+    """Adam at the worker, Adam at the center on the mean of three gradients, and a part of a period at the end."""
+    model, opt = wrapped(dtype=dtype)
+    names = [name for name, _ in model.named_parameters()]
+    center = [nn.Parameter(p.detach().float().clone()) for p in model.parameters()]
+    outer = torch.optim.Adam(center, 0.01)
+    sums = [torch.zeros_like(p) for p in center]
+    for step in range(1, 9):
+        backward(model, step)
+        for s, p in zip(sums, model.parameters(), strict=True):
+            s += p.grad
+        opt.step()
+        if step == 8:
+            opt.flush()
+        if step % 3 == 0 or step == 8:
+            for c, s in zip(center, sums, strict=True):
+                c.grad = s / (3 if step < 8 else 2)
+            outer.step()
+            sums = [torch.zeros_like(p) for p in center]
+            for p, c in zip(model.parameters(), center, strict=True):
+                torch.testing.assert_close(p.detach().float(), c.detach().to(dtype).float(), rtol=1e-5, atol=1e-6)
+        for name, c in zip(names, center, strict=True):
+            np.testing.assert_allclose(opt.center.snapshot()[name], c.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_resumed_run_is_bit_identical(overlap, tmp_path):
+    """Stopped in the middle of a period."""
+
+    def train(model, opt, first, last):
+        for step in range(first, last):
+            backward(model, step)
+            opt.step()
+            wait_until(lambda: opt._client.ready or not opt._client.started, "the exchange in the background")
+
+    model, opt = wrapped(overlap=overlap)
+    train(model, opt, 0, 5)
+    inner = opt.state_dict()
+    opt.center.save(tmp_path / "center")
+    saved = copy.deepcopy((model.state_dict(), inner))
+    train(model, opt, 5, 11)
+    again, resumed = wrapped(seed=1, overlap=overlap)
+    resumed.center.load(tmp_path / "center")
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(again, resumed, 5, 11)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    for value, expected in zip(resumed.center.snapshot().values(), opt.center.snapshot().values(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_closures_and_tied_parameters():
+    p = nn.Parameter(torch.zeros(3))
+    q = nn.Parameter(p.detach())  # the same storage
+    opt = AGNOptimizer(torch.optim.SGD([p, q], lr=1.0), 2, accumulate="gradients", rule=rules.SGD(1.0))
+
+    def closure():
+        p.grad, q.grad = torch.full((3,), 1.0), torch.full((3,), 4.0)
+        return 0.0
+
+    opt.step(closure)
+    opt.step(closure)
+    np.testing.assert_array_equal(opt.center.snapshot()["param_groups[0].params[0]"], -5)
+    np.testing.assert_array_equal(p.detach(), -5)
