@@ -293,7 +293,7 @@ void bind_client(nb::module_& m) {
             const nb::gil_scoped_release release;
             self.accumulate(gradients);
           },
-          nb::arg("gradients").sig("collections.abc.Sequence[Buffer | None]"))
+          "gradients"_a, nb::sig("def accumulate(self, gradients: collections.abc.Sequence[Buffer | None]) -> None"))
       .def_prop_ro("touched", &Client::touched)
       .def(
           "accumulator",

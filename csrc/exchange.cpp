@@ -30,7 +30,10 @@ class Timed {
 }  // namespace
 
 Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
-    : center_(std::move(center)), buffers_(std::move(buffers)), options_(options), leave_{center_.get(), center_->enter_client()} {
+    : center_(std::move(center)),
+      buffers_(std::move(buffers)),
+      options_(options),
+      leave_{center_.get(), center_->enter_client()} {
   const Layout& layout = center_->layout();
   const auto& segments = layout.segments();
   HVD_AGN_EXPECTS(buffers_.size() == segments.size(), std::invalid_argument, "the center has ", segments.size(),
@@ -140,8 +143,7 @@ bool Client::finite_block(std::size_t block, std::size_t* segment) const {
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
     if (options_.gradients) {
       *segment = part->segment;
-      if (active(*part) &&
-          kernels().scan(layout.dtype(*part), accumulator(*part), part->count) == Range::nonfinite)
+      if (active(*part) && kernels().scan(layout.dtype(*part), accumulator(*part), part->count) == Range::nonfinite)
         return false;
       continue;
     }
@@ -182,9 +184,10 @@ double Client::clipped(double steps) const {
   for (std::size_t b = 0; b < layout.blocks(); ++b)
     for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part) {
       if (!active(*part)) continue;
-      squares += options_.gradients ? kernels().distance(layout.dtype(*part), {accumulator(*part), nullptr, nullptr,
-                                                                               nullptr, 0, part->count})
-                                    : kernels().distance(buffers_[part->segment].dtype, piece(*part, nullptr, nullptr));
+      squares +=
+          options_.gradients
+              ? kernels().distance(layout.dtype(*part), {accumulator(*part), nullptr, nullptr, nullptr, 0, part->count})
+              : kernels().distance(buffers_[part->segment].dtype, piece(*part, nullptr, nullptr));
     }
   return std::max(steps, std::sqrt(squares) / limit);  // of the norm of the mean, 1 / steps
 }
@@ -290,12 +293,13 @@ void Client::exchange_gradient(Shard& shard, const Shard::Block& block, const La
   }
   // The sum becomes the center's new values on its way.
   push.weight = -push.weight;
-  const Piece sum = {accumulator(part),   nullptr,   block.data() + part.block_offset, block.spare() + part.block_offset,
-                     shard.slot_stride(), part.count};
+  const Piece sum = {
+      accumulator(part),   nullptr,   block.data() + part.block_offset, block.spare() + part.block_offset,
+      shard.slot_stride(), part.count};
   *range = std::max(*range, kernels().apply(layout.dtype(part), center_->rule(), push, sum));
   const Piece p = piece(part, nullptr, nullptr);
-  const Piece taken = {from_snapshot_ ? nullptr : p.theta, p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0,
-                       part.count};
+  const Piece taken = {
+      from_snapshot_ ? nullptr : p.theta, p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0, part.count};
   if (*range != Range::nonfinite) *range = std::max(*range, kernels().pull(buffers_[part.segment].dtype, taken));
   std::memset(sum.theta, 0, layout.bytes(part));
 }
@@ -553,8 +557,8 @@ Stats Client::stats() const {
 }
 
 std::size_t Client::extra_bytes() const {
-  return (anchor_bytes_ + sum_bytes_) * (options_.overlap ? 2 : 1) + residual_bytes_ + rounded_.size() + center_->mailbox_bytes() +
-         whole_.capacity() + progress_.capacity() +
+  return (anchor_bytes_ + sum_bytes_) * (options_.overlap ? 2 : 1) + residual_bytes_ + rounded_.size() +
+         center_->mailbox_bytes() + whole_.capacity() + progress_.capacity() +
          (seen_.capacity() + busy_.capacity() + offset_.capacity()) * sizeof(std::size_t);
 }
 

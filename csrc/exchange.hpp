@@ -172,8 +172,8 @@ class Client {
   std::unique_ptr<std::byte[]> flying_sums_;  // with overlap: of the snapshot
   std::vector<std::size_t> sum_offset_;
   std::size_t sum_bytes_ = 0;
-  std::vector<std::uint8_t> touched_;  // by segment: has had a gradient since its last push
-  std::vector<std::uint8_t> active_;   // by segment: takes part in the exchange under way
+  std::vector<std::uint8_t> touched_;      // by segment: has had a gradient since its last push
+  std::vector<std::uint8_t> active_;       // by segment: takes part in the exchange under way
   std::vector<std::uint8_t> rounded_off_;  // by segment: has a residual
 
   // Of blocks on other nodes, with a wire that rounds.

@@ -54,7 +54,7 @@ struct Mailbox::Peer {
   // A host: its shard, and the transfer's requests to it.
   std::size_t begin = 0, blocks = 0, start = 0;
   std::uint64_t answered = 0;
-  std::size_t next = 0, last = 0;    // of this transfer: sent, to be sent
+  std::size_t next = 0, last = 0;  // of this transfer: sent, to be sent
   std::size_t block(std::size_t number) const { return begin + (start + number) % blocks; }
   std::vector<std::size_t> pending;  // block asked for in each slot
   std::vector<bool> abandoned;

@@ -226,36 +226,42 @@ def all_rules(params: int) -> list[dict[str, Any]]:
 
 
 def step(params: int) -> list[dict[str, Any]]:
-    """Time a step between two boundaries against the wrapped optimizer's own, on one rank. Times in ms."""
+    """Time a step between two boundaries against the wrapped optimizer's own, on one rank. Times in ms.
+
+    And what gradients mode adds to it, against ``torch._foreach_add_`` of as many elements.
+    """
     import torch
 
     from .torch import AGNOptimizer
 
     torch.set_num_threads(1)
-    results = []
+    rows = []
     for kind in (torch.optim.SGD, torch.optim.Adam):
         parameter = torch.nn.Parameter(torch.zeros(params))
         parameter.grad = torch.full((params,), 1e-3)
         inner = kind([parameter], lr=1e-3)
-        wrapped = AGNOptimizer(inner, communication_period=10**9)
-        bare: list[float] = []
-        agn: list[float] = []
-        for i in range(43):
-            pair = (bare, inner.step), (agn, wrapped.step)
-            for times, call in pair if i % 2 else pair[::-1]:
-                times.append(_timed(call))
-        bare, agn = bare[3:], agn[3:]
-        results.append(
-            {
-                "optimizer": kind.__name__,
-                "params": params,
-                "inner_ms": 1e3 * statistics.median(bare),
-                "agn_ms": 1e3 * statistics.median(agn),
-                "ratio": statistics.median(a / b for a, b in zip(agn, bare, strict=True)),
-            }
-        )
-        wrapped.close()
-    return results
+        with AGNOptimizer(inner, communication_period=10**9) as wrapped:
+            rows.append({"optimizer": kind.__name__, "params": params, **_in_turn(inner.step, wrapped.step)})
+    with AGNOptimizer(inner, communication_period=10**9, accumulate="gradients") as wrapped:
+        sums, gradients = [torch.zeros(params)], [parameter.grad]
+        bare = functools.partial(torch._foreach_add_, sums, gradients)
+        rows.append({"optimizer": "accumulate", "params": params, **_in_turn(bare, wrapped._accumulate)})
+    return rows
+
+
+def _in_turn(bare: Callable[[], object], ours: Callable[[], object]) -> dict[str, float]:
+    """Medians of two calls that alternate, in ms, and the median of their ratios."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(43):
+        pair = (0, bare), (1, ours)
+        for which, call in pair if i % 2 else pair[::-1]:
+            times[which].append(_timed(call))
+    first, second = (each[3:] for each in times)
+    return {
+        "inner_ms": 1e3 * statistics.median(first),
+        "agn_ms": 1e3 * statistics.median(second),
+        "ratio": statistics.median(b / a for a, b in zip(first, second, strict=True)),
+    }
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Columns) -> str:

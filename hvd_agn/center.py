@@ -117,7 +117,9 @@ class Center:
         config.choose("accumulate", accumulate, config.ACCUMULATE)
         self._gradients = accumulate == "gradients"
         if self._gradients and (rule is None or isinstance(rule, rules.Add) or pushes_values):
-            raise ConfigError(f"accumulate='gradients' needs a rule that takes gradients, not {rule}: rules.SGD(lr), ...")
+            raise ConfigError(
+                f"accumulate='gradients' needs a rule that takes gradients, not {rule}: give rules.SGD(lr)."
+            )
         self._on_nonfinite = on_nonfinite
         self._native: _core.Center | None = None
         self._clients: list[Client] = []
@@ -201,9 +203,7 @@ class Center:
             undo()
             raise
 
-    def _agree(
-        self, error: Exception | None, undo: Callable[[], None] = lambda: None, waits: str = _CREATING
-    ) -> None:
+    def _agree(self, error: Exception | None, undo: Callable[[], None] = lambda: None, waits: str = _CREATING) -> None:
         """Every rank raises if any rank has an error: its own, or else the first. ``undo``: before it does."""
         if error is not None and not isinstance(error, AGNError):  # which may not be possible to send
             error = LayoutError(f"{type(error).__name__}: {error}")
@@ -246,9 +246,7 @@ class Center:
         self._native = native
         shutdown.centers.append(self)
 
-    def _together(
-        self, part: Callable[[], T], undo: Callable[[], None] = lambda: None, waits: str = _CREATING
-    ) -> T:
+    def _together(self, part: Callable[[], T], undo: Callable[[], None] = lambda: None, waits: str = _CREATING) -> T:
         """This rank's part of what all ranks do; an error of any rank is raised by all."""
         error: Exception | None = None
         try:

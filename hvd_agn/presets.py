@@ -27,4 +27,5 @@ def dynsgd() -> dict[str, Any]:
 
 def diloco_async(workers: int) -> dict[str, Any]:
     """DiLoCo without rounds: delayed Nesterov momentum on the sum of updates (Liu et al. 2024, arXiv 2401.09135)."""
-    return {"rule": rules.DelayedNesterov(lr=0.7, momentum=0.9, every=rules.whole("workers", workers, "workers")), "normalize": False}
+    every = rules.whole("workers", workers, "workers")
+    return {"rule": rules.DelayedNesterov(lr=0.7, momentum=0.9, every=every), "normalize": False}

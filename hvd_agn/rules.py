@@ -227,7 +227,9 @@ class Adagrad(Rule):
         _learning_rate(self)
         _finite(self, "lr_decay", "weight_decay", "initial_accumulator_value", "eps", least=0)
         if self.eps == 0 and self.initial_accumulator_value == 0:
-            raise ConfigError("rules.Adagrad: eps=0 divides 0 by 0 where a gradient is 0: give initial_accumulator_value.")
+            raise ConfigError(
+                "rules.Adagrad: eps=0 divides 0 by 0 where a gradient is 0: give initial_accumulator_value."
+            )
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         hyper = _hyper(self)
@@ -404,7 +406,9 @@ def like(optimizer: Any, **changes: Any) -> Rule:
     decoupled = [bool(group.get("decoupled_weight_decay")) for group in groups]
     if name == "Adam" and any(decoupled):
         if not all(decoupled):
-            raise ConfigError("rules.like: the parameter groups differ in decoupled_weight_decay. Name the rule yourself.")
+            raise ConfigError(
+                "rules.like: the parameter groups differ in decoupled_weight_decay. Name the rule yourself."
+            )
         kind = AdamW
     if unknown := [key for key in changes if key not in {field.name for field in dataclasses.fields(kind)}]:
         raise ConfigError(f"rules.like: {kind.__name__} has no {unknown[0]}. It is {kind.__name__}{_arguments(kind)}.")

@@ -104,7 +104,9 @@ class AGNOptimizer(torch.optim.Optimizer):
         if rule is None and self._gradients:
             rule = rules.like(optimizer)
         if not normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
-            raise ConfigError("normalize=False: bias_correction='tf_contrib' counts the steps of a mean. Leave one out.")
+            raise ConfigError(
+                "normalize=False: bias_correction='tf_contrib' counts the steps of a mean. Leave one out."
+            )
         self._steps_since_exchange = 0
         self._steps_under_way = 0
         """Of the exchange in the background."""

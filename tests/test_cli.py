@@ -77,7 +77,8 @@ def test_bench_exchange():
 def test_bench_step():
     done = hvd_agn("bench", "step", "--params", "10000")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"SGD +[\d.]+ +[\d.]+ +[\d.]+", done.stdout)
+    for row in ("SGD", "Adam", "accumulate"):
+        assert re.search(rf"{row} +[\d.]+ +[\d.]+ +[\d.]+", done.stdout), row
 
 
 def test_bench_rules():

@@ -2,7 +2,6 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from golden import RULES, Local, check_center, close, load, period, runs
@@ -123,6 +122,7 @@ def replay(workers):
             parameters = [nn.Parameter(torch.from_numpy(inputs[f"init/{name}"].copy())) for name in NAMES]
             opt = wrap(inner, parameters, NAMES, period(run))
             before = opt.center.snapshot()
+            comm.Barrier()
             for row, w in enumerate(recorded[f"{run}/worker"]):
                 if w == comm.rank:
                     for p, name in zip(parameters, NAMES, strict=True):
@@ -156,7 +156,9 @@ def test_sparse_through_torch(inner):
     before = opt.center.snapshot()
     for row in range(9):
         index, value = (recorded[f"{prefix}/feed/{key}"][row] for key in ("idx", "val"))
-        gradient = torch.sparse_coo_tensor(torch.from_numpy(index)[None], torch.from_numpy(value), (6, 4))
+        gradient = torch.sparse_coo_tensor(
+            torch.from_numpy(index)[None], torch.from_numpy(value), (6, 4), check_invariants=True
+        )
         parameters[0].grad = gradient
         parameters[1].grad = torch.from_numpy(recorded[f"{prefix}/feed/g1"][row].copy())
         opt.step()

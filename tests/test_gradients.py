@@ -67,7 +67,7 @@ class Worker:
 
 
 def random_schedule(make, rule, dtype, seed, overlap=False):
-    """Three workers, gradients that are missing now and then, local steps; all that can be seen equals the reference."""
+    """Three workers, gradients that are missing now and then, local steps; all equals the reference."""
     rng = np.random.default_rng(seed)
     initial = [rng.standard_normal(n // (2 if dtype == "f8" else 1)).astype(dtype) for n in SIZES]
     centers = [ReferenceCenter([a], rule) for a in initial]
@@ -75,7 +75,7 @@ def random_schedule(make, rule, dtype, seed, overlap=False):
     ours = [[a.copy() for a in initial] for _ in range(3)]
     center = make(ours[0], rule, accumulate="gradients", overlap=overlap)
     clients = [center.arrays_client] + [center.client(arrays) for arrays in ours[1:]]
-    for _ in range(40):
+    for _ in range(60):
         who, what, steps = int(rng.integers(3)), rng.random(), int(rng.integers(1, 9))
         mine, expected = clients[who], theirs[who]
         if what < 0.6:
@@ -106,7 +106,7 @@ def random_schedule(make, rule, dtype, seed, overlap=False):
             np.testing.assert_array_equal(value, reference.center[0])
             for name, arrays in slots.items():
                 np.testing.assert_array_equal(arrays[f"array {i}"], reference.slots[name][0])
-    assert max(c.pushes for c in centers) > 5
+    assert max(c.pushes for c in centers) > 3
 
 
 @pytest.mark.parametrize("rule", GRADIENT_RULES, ids=repr)
@@ -190,6 +190,7 @@ def test_by_mailbox(tmp_path):
 
 # ---- refused
 
+
 def test_a_gradient_with_nan_is_refused():
     theta = [np.zeros(600, "f4"), np.zeros(300, "f4")]
     center = Center(theta, rules.SGD(1.0), accumulate="gradients")
@@ -255,7 +256,7 @@ def backward(model, step):
 def test_the_default_rule_is_that_of_the_optimizer():
     assert wrapped()[1].center.rule == rules.Adam(0.01)
     assert wrapped(rule=rules.SGD(0.5))[1].center.rule == rules.SGD(0.5)
-    with pytest.raises(ConfigError, match="not LBFGS. Name the rule"):
+    with pytest.raises(ConfigError, match="not LBFGS"):
         AGNOptimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(3))]), accumulate="gradients")
 
 
