@@ -58,21 +58,7 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
     residual_.reset(new std::byte[residual_bytes_]());
     rounded_.resize(layout.block_bytes());
   }
-  if (options_.gradients) {
-    for (const Layout::Segment& segment : segments) {
-      sum_offset_.push_back(sum_bytes_);
-      sum_bytes_ += round_up(segment.count * item_size(segment.dtype), Layout::kAlignment);
-    }
-    for (auto* sums : {&sums_, options_.overlap ? &flying_sums_ : nullptr}) {
-      if (!sums) continue;
-      sums->reset(new std::byte[sum_bytes_]);
-      use_huge_pages(sums->get(), sum_bytes_);
-      std::memset(sums->get(), 0, sum_bytes_);
-    }
-    touched_.resize(segments.size());
-    active_.assign(segments.size(), 1);
-    rounded_off_.resize(segments.size());
-  }
+  if (options_.gradients) make_sums();
   seen_.resize(layout.blocks());
   progress_.resize(layout.blocks());
   whole_.assign(layout.blocks(), 1);
@@ -143,7 +129,11 @@ bool Client::finite_block(std::size_t block, std::size_t* segment) const {
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
     if (options_.gradients) {
       *segment = part->segment;
-      if (active(*part) && kernels().scan(layout.dtype(*part), accumulator(*part), part->count) == Range::nonfinite)
+      const DType dtype = buffers_[part->segment].dtype;
+      if (active(*part, true) &&
+          (kernels().scan(layout.dtype(*part), accumulator(*part), part->count) == Range::nonfinite ||
+           // finish() would make a NaN of it
+           (from_snapshot_ && kernels().scan(dtype, source(*part), part->count) == Range::nonfinite)))
         return false;
       continue;
     }
@@ -183,7 +173,7 @@ double Client::clipped(double steps) const {
   double squares = 0;
   for (std::size_t b = 0; b < layout.blocks(); ++b)
     for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part) {
-      if (!active(*part)) continue;
+      if (!active(*part, true)) continue;
       squares +=
           options_.gradients
               ? kernels().distance(layout.dtype(*part), {accumulator(*part), nullptr, nullptr, nullptr, 0, part->count})
@@ -197,10 +187,7 @@ double Client::clipped(double steps) const {
 std::size_t Client::exchange(double steps, bool exact, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("exchange()");
-  if (options_.gradients) {
-    active_ = touched_;
-    for (std::size_t s = 0; exact && s < active_.size(); ++s) active_[s] |= rounded_off_[s];
-  }
+  if (options_.gradients) choose_active(exact);
   const std::size_t refused = exchange_all(steps, exact, lr);
   if (refused == kAccepted) std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
   return refused;
@@ -226,7 +213,10 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
     return 0;
   }
   PushTransfer transfer(*this, push, exact);
-  if (residual_ && !exact) owes_ = true;  // also when it fails half-way
+  if (residual_ && !exact) {  // also when it fails half-way
+    owes_ = true;
+    for (std::size_t s = 0; s < rounded_off_.size(); ++s) rounded_off_[s] |= active_[s];
+  }
   try {
     if (mailbox) mailbox->begin(transfer);
     for (const auto& shard : center_->shards()) exchange_shard(*shard, push);
@@ -238,9 +228,10 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   power_ = push.power;
   anchor_range_ = next_range_;
-  if (exact) owes_ = false;
-  for (std::size_t s = 0; residual_ && s < rounded_off_.size(); ++s)
-    if (active_[s]) rounded_off_[s] = !exact;
+  if (exact) {
+    owes_ = false;
+    std::fill(rounded_off_.begin(), rounded_off_.end(), std::uint8_t{0});
+  }
   ++stats_.exchanges;
   stats_.bytes += 2 * push_bytes_;
   return kAccepted;
@@ -252,7 +243,7 @@ void Client::exchange_shard(Shard& shard, const Push& push) {
   busy_.clear();
   for (std::size_t i = 0; i < blocks; ++i) {
     const std::size_t b = shard.begin() + (first_block(shard.begin(), shard.end()) + i) % blocks;
-    if (!active(b)) continue;
+    if (!active(b, false)) continue;
     if (auto block = shard.try_lock(b))
       exchange_block(shard, std::move(*block), b, push);
     else
@@ -284,90 +275,6 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
   received(index, refused ? version : version + 1, true, refused, range);
 }
 
-void Client::exchange_gradient(Shard& shard, const Shard::Block& block, const Layout::Part& part, Push push,
-                               Range* range) {
-  const Layout& layout = center_->layout();
-  if (!active(part)) {
-    keep_part(layout, part, center_->rule().slots(), shard.slot_stride(), block.data(), block.spare());
-    return;
-  }
-  // The sum becomes the center's new values on its way.
-  push.weight = -push.weight;
-  const Piece sum = {
-      accumulator(part),   nullptr,   block.data() + part.block_offset, block.spare() + part.block_offset,
-      shard.slot_stride(), part.count};
-  *range = std::max(*range, kernels().apply(layout.dtype(part), center_->rule(), push, sum));
-  const Piece p = piece(part, nullptr, nullptr);
-  const Piece taken = {
-      from_snapshot_ ? nullptr : p.theta, p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0, part.count};
-  if (*range != Range::nonfinite) *range = std::max(*range, kernels().pull(buffers_[part.segment].dtype, taken));
-  std::memset(sum.theta, 0, layout.bytes(part));
-}
-
-// ---- gradients
-
-bool Client::active(std::size_t block) const {
-  const Layout& layout = center_->layout();
-  if (!options_.gradients) return true;
-  return std::any_of(layout.begin(block), layout.end(block), [this](const Layout::Part& part) { return active(part); });
-}
-
-std::byte* Client::accumulator(const Layout::Part& part) const {
-  const std::byte* sums = from_snapshot_ ? flying_sums_.get() : sums_.get();
-  return const_cast<std::byte*>(sums) + sum_offset_[part.segment] +
-         part.first * item_size(center_->layout().dtype(part));
-}
-
-void Client::accumulate(const std::vector<const Buffer*>& gradients) {
-  const auto guard = enter();
-  HVD_AGN_EXPECTS(options_.gradients, UsageError, "[rank ", center_->rank(),
-                  "] accumulate() needs a center made with accumulate=\"gradients\".");
-  HVD_AGN_EXPECTS(gradients.size() == buffers_.size(), std::invalid_argument, "the center has ", buffers_.size(),
-                  " arrays, here are ", gradients.size(), " gradients");
-  for (std::size_t s = 0; s < gradients.size(); ++s) {
-    if (gradients[s])
-      HVD_AGN_EXPECTS(gradients[s]->count == buffers_[s].count &&
-                          center_dtype(gradients[s]->dtype) == center_->layout().segments()[s].dtype,
-                      std::invalid_argument, "gradient ", s, " does not match its array in size or type");
-  }
-  for (std::size_t s = 0; s < gradients.size(); ++s) {
-    if (!gradients[s]) continue;
-    kernels().accumulate(gradients[s]->dtype, gradients[s]->data, sums_.get() + sum_offset_[s], gradients[s]->count);
-    touched_[s] = 1;
-  }
-}
-
-Buffer Client::accumulator(std::size_t segment) const {
-  HVD_AGN_EXPECTS(options_.gradients, UsageError, "[rank ", center_->rank(), "] nothing is accumulated here.");
-  const Layout::Segment& s = center_->layout().segments().at(segment);
-  return {sums_.get() + sum_offset_[segment], s.count, s.dtype};
-}
-
-void Client::touch(const std::vector<bool>& segments) {
-  const auto guard = enter();
-  for (std::size_t s = 0; s < touched_.size(); ++s) touched_[s] |= segments.at(s);
-}
-
-void Client::drop_gradients() {
-  if (!options_.gradients) return;
-  std::memset(sums_.get(), 0, sum_bytes_);
-  std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
-  std::fill(active_.begin(), active_.end(), std::uint8_t{1});  // a pull is of all
-}
-
-void Client::settle_gradients() {
-  // What was not pushed is accumulated again.
-  const Layout& layout = center_->layout();
-  for (std::size_t b = 0; b < layout.blocks(); ++b) {
-    if (progress_[b] != Progress::untouched) continue;
-    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part) {
-      const std::size_t at = sum_offset_[part->segment] + part->first * item_size(layout.dtype(*part));
-      kernels().accumulate(layout.dtype(*part), flying_sums_.get() + at, sums_.get() + at, part->count);
-    }
-  }
-  for (std::size_t s = 0; s < touched_.size(); ++s) touched_[s] |= active_[s];
-}
-
 void Client::received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range) {
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   if (pushed) {
@@ -392,12 +299,7 @@ void Client::start(double steps, double lr) {
   HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
   for (std::size_t s = 0; s < buffers_.size(); ++s)
     std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, buffers_[s].count * item_size(buffers_[s].dtype));
-  if (options_.gradients) {
-    active_ = touched_;
-    std::memcpy(flying_sums_.get(), sums_.get(), sum_bytes_);
-    std::memset(sums_.get(), 0, sum_bytes_);
-    std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
-  }
+  if (options_.gradients) set_sums_aside();
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   from_snapshot_ = true;
   landed_ = false;
@@ -405,6 +307,7 @@ void Client::start(double steps, double lr) {
     flight_ = std::async(std::launch::async, [this, steps, lr] { return fly(steps, lr); });
   } catch (...) {  // no thread to be had
     from_snapshot_ = false;
+    if (options_.gradients) settle_gradients();
     throw;
   }
   started_ = true;
@@ -451,7 +354,7 @@ std::size_t Client::finish() {
       kernels().merge(buffers_[s].dtype, p, snapshot_.get() + offset_[s]);
     }
   }
-  if (failure && options_.gradients) settle_gradients();
+  if (options_.gradients && (failure || refused != kAccepted)) settle_gradients();
   if (failure) std::rethrow_exception(failure);
   return refused;
 }
@@ -463,7 +366,7 @@ Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t s
   const Layout& layout = center_->layout();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
-    const Piece p = {theta && active(*part) ? source(*part) : nullptr,
+    const Piece p = {theta && active(*part, false) ? source(*part) : nullptr,
                      with_anchor ? anchor(*part) : nullptr,
                      from + part->block_offset,
                      nullptr,
@@ -500,8 +403,9 @@ void Client::copy_all(bool theta, bool with_anchor) {
 
 void Client::pull() {
   const auto guard = enter_grounded("pull()");
-  drop_gradients();
+  std::fill(active_.begin(), active_.end(), kTouched);
   copy_all(true, true);
+  drop_gradients();
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   ++stats_.pulls;
 }
@@ -511,11 +415,12 @@ void Client::forget() {
   drop_gradients();
   if (residual_) std::memset(residual_.get(), 0, residual_bytes_);
   owes_ = false;
+  std::fill(rounded_off_.begin(), rounded_off_.end(), std::uint8_t{0});
 }
 
 void Client::peek() {
   const auto guard = enter_grounded("peek()");
-  std::fill(active_.begin(), active_.end(), std::uint8_t{1});
+  std::fill(active_.begin(), active_.end(), kTouched);
   copy_all(true, false);
 }
 

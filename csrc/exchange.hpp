@@ -129,9 +129,17 @@ class Client {
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
   std::size_t fly(double steps, double lr);
   void settle_untouched();
+
+  // exchange_gradients.cpp
+  void make_sums();
+  void choose_active(bool exact);
+  void set_sums_aside();
   void exchange_gradient(Shard& shard, const Shard::Block& block, const Layout::Part& part, Push push, Range* range);
-  bool active(std::size_t block) const;
-  bool active(const Layout::Part& part) const { return !options_.gradients || active_[part.segment]; }
+  /// Whether it takes part in the exchange under way. On other nodes, what was rounded away is a reason too.
+  bool active(std::size_t block, bool remote) const;
+  bool active(const Layout::Part& part, bool remote) const {
+    return !options_.gradients || (active_[part.segment] & (remote ? kTouched | kOwing : kTouched));
+  }
   std::byte* accumulator(const Layout::Part& part) const;
   void drop_gradients();
   void settle_gradients();
@@ -172,6 +180,7 @@ class Client {
   std::unique_ptr<std::byte[]> flying_sums_;  // with overlap: of the snapshot
   std::vector<std::size_t> sum_offset_;
   std::size_t sum_bytes_ = 0;
+  static constexpr std::uint8_t kTouched = 1, kOwing = 2;
   std::vector<std::uint8_t> touched_;      // by segment: has had a gradient since its last push
   std::vector<std::uint8_t> active_;       // by segment: takes part in the exchange under way
   std::vector<std::uint8_t> rounded_off_;  // by segment: has a residual

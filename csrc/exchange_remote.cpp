@@ -35,7 +35,7 @@ void Client::take_delta(const Layout::Part& part, double steps, std::byte* value
   const DType dtype = buffers_[part.segment].dtype;
   const Piece p = piece(part, nullptr, values);
   if (residual) residual += part.block_offset;
-  if (!active(part)) {
+  if (!active(part, true)) {
     std::memset(p.out, 0, center_->layout().bytes(part));
   } else if (options_.gradients) {
     const Piece sum = {accumulator(part), nullptr, nullptr, p.out, 0, p.count};
@@ -49,7 +49,7 @@ void Client::take_delta(const Layout::Part& part, double steps, std::byte* value
 }
 
 bool Client::PushTransfer::wants(std::size_t block) const {
-  return client_.active(block);
+  return client_.active(block, true);
 }
 
 void Client::PushTransfer::request(Message& head, std::byte* payload) {
@@ -71,7 +71,7 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
   std::byte* mask = payload + head.payload_bytes;
   std::memset(mask, 0, layout.mask_bytes());
   for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part) {
-    if (!c.active(*part)) {
+    if (!c.active(*part, true)) {
       head.masked = true;
       continue;
     }
@@ -127,7 +127,7 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
       } else if (with_anchor) {
         std::memcpy(anchor(*part), payload, bytes);
       }
-      if (theta && active(*part)) std::memcpy(source(*part), values, bytes);
+      if (theta && active(*part, false)) std::memcpy(source(*part), values, bytes);
       range = std::max(range, kernels().scan(dtype, values, part->count));
       payload += wire_bytes(layout.dtype(*part), head.answer_wire, part->count);
     }

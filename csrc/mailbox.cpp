@@ -156,10 +156,6 @@ void Mailbox::free() {
 
 void Mailbox::stop() {
   if (!thread_.joinable()) return;
-  if (getpid() != process_) {  // a forked child has no such thread
-    thread_.detach();
-    return;
-  }
   std::unique_lock<std::mutex> lock(mutex_);
   stopping_ = true;
   changed_.notify_all();

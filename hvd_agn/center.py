@@ -251,6 +251,9 @@ class Center:
         error: Exception | None = None
         try:
             result = part()
+        except StallError:  # the others would be waited for as long again
+            shutdown.missing.append(self._name)
+            raise
         except Exception as failure:
             error = failure
         self._agree(error, undo, waits)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from . import _core
-from .errors import LayoutError, NonFiniteError, NonFiniteWarning, UsageError
+from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleOverflowWarning, UsageError
 
 if TYPE_CHECKING:
     from .center import Center
@@ -75,8 +75,8 @@ class Client:
         """Add a local step's gradients to those since the last exchange; for ``accumulate="gradients"``.
 
         Args:
-            gradients: one per array, of its size, contiguous; None where there is none. An array without any gradient
-                since its last push is neither pushed nor pulled by the next exchange.
+            gradients: one per array, of its size, contiguous and writable; None where there is none. An array without
+                any gradient since its last push is neither pushed nor pulled by the next exchange.
 
         Raises:
             LayoutError: a gradient does not match its array; nothing was added.
@@ -129,7 +129,7 @@ class Client:
             NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
             UsageError: the center is closed, an exchange is under way in the background, or ``lr`` is missing.
             StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. What was not pushed is still in the
-                arrays, for the next exchange.
+                arrays, or the accumulators, for the next exchange.
         """
         return self._accept(self._open().exchange(steps, exact, self._rate(lr)))
 
@@ -154,14 +154,14 @@ class Client:
         return False
 
     def _warn_of_refused_blocks(self, count: int) -> None:
-        if count > self._blocks_refused:
+        refused, self._blocks_refused = count - self._blocks_refused, count
+        if refused > 0:
             warnings.warn(
-                f"{self._center.label}: {self._center.rule} overflowed in {count - self._blocks_refused} blocks of the "
-                "center. They stay as they were, and this worker's update of them is dropped. Check the learning rate.",
-                NonFiniteWarning,
+                f"{self._center.label}: {self._center.rule} overflowed in {refused} blocks of the center. They stay as "
+                "they were, and this worker's update of them is dropped. Check the learning rate.",
+                RuleOverflowWarning,
                 stacklevel=5,
             )
-        self._blocks_refused = count
 
     def start(self, steps: float = 1, *, lr: float | None = None) -> None:
         """Begin an exchange of the arrays as they are now, in the background; they may change meanwhile.

@@ -45,5 +45,9 @@ class NonFiniteWarning(RuntimeWarning):
     """A delta with a NaN or an Inf was refused."""
 
 
+class RuleOverflowWarning(NonFiniteWarning):
+    """A rule took blocks of the center beyond their type; they stay as they were."""
+
+
 class StalenessWarning(RuntimeWarning):
     """More workers per period than published runs of AGN train well with."""

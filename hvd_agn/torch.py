@@ -14,7 +14,16 @@ import torch
 from . import config, rules
 from .center import Center
 from .client import Stats
-from .errors import AGNError, CheckpointError, ConfigError, LayoutError, NonFiniteWarning, StalenessWarning, UsageError
+from .errors import (
+    AGNError,
+    CheckpointError,
+    ConfigError,
+    LayoutError,
+    NonFiniteWarning,
+    RuleOverflowWarning,
+    StalenessWarning,
+    UsageError,
+)
 from .torch_parameters import Parameters
 
 if TYPE_CHECKING:
@@ -44,8 +53,9 @@ class AGNOptimizer(torch.optim.Optimizer):
         normalize: push the mean update per step, as AGN does; False: their sum, as DOWNPOUR does.
         accumulate: ``"updates"``, or ``"gradients"``: push the mean of the gradients instead, as
             ``tf.contrib.opt.AGNOptimizer`` did. Then ``rule`` is by default the optimizer's own kind,
-            :func:`hvd_agn.rules.like`. A parameter that has had no gradient in a period is neither pushed nor pulled.
-            Costs one more copy of the parameters, in float32 for half types.
+            :func:`hvd_agn.rules.like`, with the learning rate that the optimizer has at the push. A parameter that has
+            had no gradient in a period is neither pushed nor pulled. Costs one more copy of the parameters, in float32
+            for half types, and with ``overlap`` two.
         overlap: exchange in the background while training goes on. At the end of a period a snapshot of the parameters
             is taken and pushed; when the center's answer has come, the next ``step()`` adds to the parameters what the
             center had that the snapshot had not. A boundary waits only if the exchange before it has not ended. Costs
@@ -101,12 +111,6 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._overlap = overlap
         self._normalize = normalize
         self._gradients = accumulate == "gradients"
-        if rule is None and self._gradients:
-            rule = rules.like(optimizer)
-        if not normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
-            raise ConfigError(
-                "normalize=False: bias_correction='tf_contrib' counts the steps of a mean. Leave one out."
-            )
         self._steps_since_exchange = 0
         self._steps_under_way = 0
         """Of the exchange in the background."""
@@ -116,8 +120,13 @@ class AGNOptimizer(torch.optim.Optimizer):
         tensors: dict[str, torch.Tensor] = {}
         failed: AGNError | None = None
         try:
+            if rule is None and self._gradients:
+                rule = rules.SGD(0.0)  # stands in, should the next line fail
+                rule = rules.like(optimizer, lr=rules.FOLLOW)
             if rule is not None and rule.follows:
                 _learning_rate(optimizer)
+            if not normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
+                raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")
             self._parameters = Parameters(optimizer, named_parameters)
             tensors = {e.name: e.tensor for e in self._parameters.exchanged}
         except (ConfigError, LayoutError) as error:  # the center tells the other ranks
@@ -144,7 +153,7 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def _warn_if_stale(self) -> None:
         factor = self.center.rule.factor
-        if factor is None or self.center.rule.staleness != rules.STALENESS[0]:
+        if factor is None or self._gradients or self.center.rule.staleness != rules.STALENESS[0]:
             return
         moves = factor * self.center.size  # mean updates that the center moves by in a period
         if not self._normalize:
@@ -238,11 +247,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.check_open("step()")
         if self._client.ready:
             self._land()
-        if self._gradients and closure is None:  # the optimizer may change them in place
-            self._accumulate()
-        loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
-        if self._gradients and closure is not None:
-            self._accumulate()
+        if self._gradients:
+            loss = self._step_and_accumulate(closure)
+        else:
+            loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         self._steps += 1
         self._steps_since_exchange += 1
         if self._steps_since_exchange >= self.communication_period:
@@ -251,8 +259,28 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     # ---- exchange
 
-    def _accumulate(self) -> None:
-        self._client.touch(self._parameters.add_gradients(self._sums))
+    def _step_and_accumulate(self, closure: Callable[[], float] | None) -> Any:
+        """With the gradients as they are before the wrapped optimizer works on them, of a closure's last call."""
+        if closure is None:
+            self._accumulate()
+            return self.optimizer.step()
+        kept: list[torch.Tensor | None] = []
+
+        def evaluate() -> float:
+            loss = closure()
+            kept[:] = [None if p.grad is None else p.grad.clone() for p in self._parameters.sources()]
+            return loss
+
+        loss = self.optimizer.step(evaluate)
+        self._accumulate(kept)
+        return loss
+
+    def _accumulate(self, gradients: Sequence[torch.Tensor | None] | None = None) -> None:
+        try:
+            touched = self._parameters.add_gradients(self._sums, gradients)
+        except LayoutError as error:
+            raise LayoutError(f"{self.center.label}: {error}") from None
+        self._client.touch(touched)
 
     def flush(self) -> None:
         """Push the steps taken since the last exchange, if any, and pull. Waits for no other worker.
@@ -338,6 +366,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         if self._layout_changed:  # step() has said that they cannot be pushed
             self.center.own(None)
         self.center.close()
+        self._sums = []  # which keep the core's memory
 
     def __enter__(self) -> "AGNOptimizer":
         return self
@@ -400,8 +429,9 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._read()
         try:
             accepted = self._client.finish()
-        except NonFiniteWarning:  # as above
-            self._steps_since_exchange = 0
+        except NonFiniteWarning as warning:  # as above
+            if not isinstance(warning, RuleOverflowWarning):  # of an exchange that was accepted
+                self._steps_since_exchange = 0
             raise
         except AGNError:  # what was not pushed is still in the parameters
             self._steps_since_exchange += self._steps_under_way
@@ -459,6 +489,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         inner = dict(state_dict)
         own = inner.pop(_STATE_KEY, None)
         mine = own is not None and (own["rank"], own["size"]) == (self.center.rank, self.center.size)
+        mine = mine and ("gradients" in own) == self._gradients
         if own is not None:
             found = {name: (value.shape, value.dtype) for name, value in own["anchor"].items()}
             expected = {e.name: (e.shape, e.dtype) for e in self._parameters.exchanged}

@@ -1,7 +1,7 @@
 """The parameters of an optimizer as a center sees them: which take part, where they are, and if that has changed."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,21 +94,37 @@ class Parameters:
                     e.address = e.tensor.data_ptr()
                     client.rebind(index, e.tensor)
 
+    def sources(self) -> list[torch.Tensor]:
+        """Parameters that have gradients: the exchanged, and those tied to them."""
+        return [*(e.parameter for e in self.exchanged), *(parameter for _, parameter, _ in self._tied)]
+
     @torch.no_grad()
-    def add_gradients(self, sums: list[torch.Tensor]) -> list[bool]:
+    def add_gradients(
+        self, sums: list[torch.Tensor], gradients: Sequence[torch.Tensor | None] | None = None
+    ) -> list[bool]:
         """Add each parameter's gradient, and those of what is tied to it, to its sum; sparse ones sparsely.
 
         Args:
             sums: as ``exchanged``: tensors on the CPU of the parameters' shapes, float64 or float32.
+            gradients: one per entry of :meth:`sources`; None: those that they have now.
 
         Returns:
             Which parameters have a gradient.
+
+        Raises:
+            LayoutError: a gradient has another shape than its parameter had; nothing was added.
         """
+        if gradients is None:
+            gradients = [parameter.grad for parameter in self.sources()]
         places = {id(e): i for i, e in enumerate(self.exchanged)}
-        gradients = [(i, e.parameter.grad) for i, e in enumerate(self.exchanged)]
-        gradients += [(places[id(leader)], parameter.grad) for _, parameter, leader in self._tied]
+        of = [*range(len(self.exchanged)), *(places[id(leader)] for _, _, leader in self._tied)]
+        found = list(zip(of, gradients, strict=True))
+        for i, gradient in found:
+            if gradient is not None and gradient.shape != sums[i].shape:
+                e = self.exchanged[i]
+                raise LayoutError(f"the gradient of {e.name!r} is {list(gradient.shape)}, it was {list(e.shape)}.")
         plain: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for i, gradient in gradients:
+        for i, gradient in found:
             if gradient is None:
                 continue
             if gradient.layout == torch.strided and gradient.device.type == "cpu" and gradient.dtype == sums[i].dtype:
@@ -118,7 +134,7 @@ class Parameters:
                 sums[i].add_(gradient.to("cpu", sums[i].dtype))
         if plain[0]:
             torch._foreach_add_(*plain)
-        touched = {i for i, gradient in gradients if gradient is not None}
+        touched = {i for i, gradient in found if gradient is not None}
         return [i in touched for i in range(len(self.exchanged))]
 
     @torch.no_grad()

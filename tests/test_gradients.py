@@ -1,17 +1,19 @@
 """accumulate="gradients": what is pushed is the mean of the gradients that there were."""
 
 import copy
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
-from mailboxes import at_a_worker, wait_until
+from mailboxes import at_a_worker, state, wait_until
 from ranks import on_ranks
 from reference import RULES, ReferenceCenter, wide
 from torch import nn
 
-from hvd_agn import Center, rules
-from hvd_agn.errors import ConfigError, LayoutError, NonFiniteError, NonFiniteWarning, UsageError
+from hvd_agn import Center, _core, rules
+from hvd_agn.errors import ConfigError, LayoutError, NonFiniteError, NonFiniteWarning, StallError, UsageError
 from hvd_agn.torch import AGNOptimizer
 
 GRADIENT_RULES = [rule for rule in RULES if not isinstance(rule, (rules.Add, rules.Elastic))]
@@ -158,6 +160,7 @@ def by_mailbox(folder):
             random_schedule(host.center, rule, ("f4", "f8", "f2")[seed % 3], seed, overlap=seed % 2 == 0)
         for wire in (None, "bf16", "fp16", "int8"):
             missing_parts(host.center, wire)
+            many_parts(host.center, wire)
         sums_are_exact(host)
         return "done"
 
@@ -188,6 +191,69 @@ def test_by_mailbox(tmp_path):
     assert on_ranks(2, by_mailbox, str(tmp_path)) == [None, "done"]
 
 
+def many_parts(make, wire):
+    """Twenty arrays in one block, gradients of some, velocities by hand."""
+    rng = np.random.default_rng(3)
+    arrays = [np.zeros(3) for _ in range(20)]
+    center = make(arrays, rules.SGD(1.0, 0.5), accumulate="gradients", wire_dtype=wire)
+    velocity, value = np.zeros((20, 3)), np.zeros((20, 3))
+    first = True
+    for _ in range(6):
+        present = rng.random(20) < 0.5
+        gradients = rng.integers(-3, 4, (20, 3)).astype(float)
+        center.arrays_client.accumulate([g if p else None for g, p in zip(gradients, present, strict=True)])
+        center.exchange(1)
+        velocity[present] = (0 if first else 0.5) * velocity[present] + gradients[present]
+        value[present] -= velocity[present]
+        first = False
+        if wire is None:
+            np.testing.assert_array_equal(np.array(list(center.snapshot().values())), value)
+            np.testing.assert_array_equal(np.array(arrays)[present], value[present])
+    np.testing.assert_allclose(np.array(list(center.snapshot().values())), value, atol=0.2)
+
+
+def test_many_parts_of_a_block():
+    many_parts(Center, None)
+
+
+def give_up_half_way(overlap):
+    """Rank 1 stops with a block half written; what rank 0 could not push is accumulated on, and pushed later."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    os.environ["HVD_AGN_STALL_SECONDS"] = "0"
+    os.environ["HVD_AGN_STALL_ABORT_SECONDS"] = "1" if comm.rank == 0 else "0"
+    arrays = [np.zeros(128, "f4") for _ in range(8)]  # two in a block
+    center = Center(arrays, rules.SGD(1.0), accumulate="gradients", overlap=overlap)
+    client = center.arrays_client
+    pids = comm.allgather(os.getpid())
+    client.accumulate([np.full(128, 1.0 + comm.rank, "f4")] * 8)
+    if comm.rank == 1:
+        _core.signal_at(_core.Stage.half_written, 1, signal.SIGSTOP)
+        client.exchange(1)
+    else:
+        wait_until(lambda: state(pids[1]) == "T", "rank 1 to stop")
+        if overlap:
+            client.start(1)
+            client.accumulate([np.full(128, 8.0, "f4")] * 8)
+        push = client.finish if overlap else client.exchange
+        with pytest.raises(StallError, match=r"waits for block 1, locked by rank 1.*given up"):
+            push()
+        os.kill(pids[1], signal.SIGCONT)
+        sums = [float(s[0]) for s in client.accumulators()]
+        later = 8.0 if overlap else 0.0
+        assert sums == [later, later, 1 + later, 1 + later] + [later] * 4
+        client.exchange(1)
+    comm.Barrier()
+    for value in center.snapshot().values():
+        np.testing.assert_array_equal(value, -3 - (8 if overlap else 0))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_exchange_that_is_given_up_on_loses_no_gradient(overlap):
+    on_ranks(2, give_up_half_way, overlap)
+
+
 # ---- refused
 
 
@@ -210,6 +276,22 @@ def test_a_gradient_with_nan_is_refused():
     assert center.arrays_client.touched == [True]
     center.pull()
     assert center.arrays_client.touched == [False]
+
+
+def test_a_refused_flight_keeps_its_gradients_if_asked_to_raise():
+    center = Center([np.zeros(3)], rules.SGD(1.0), accumulate="gradients", overlap=True, on_nonfinite="raise")
+    client = center.arrays_client
+    client.accumulate([np.array([1.0, np.nan, 1.0])])
+    client.start(1)
+    client.accumulate([np.ones(3)])
+    with pytest.raises(NonFiniteError):
+        client.finish()
+    np.testing.assert_array_equal(client.accumulators()[0], [2, np.nan, 2])
+    client.pull()
+    np.testing.assert_array_equal(client.accumulators()[0], 0)
+    client.accumulate([np.ones(3)])
+    assert client.exchange(1)
+    np.testing.assert_array_equal(center.snapshot()["array 0"], -1)
 
 
 @pytest.mark.parametrize("rule", [None, rules.Add(), rules.Elastic(0.5)])
@@ -254,7 +336,7 @@ def backward(model, step):
 
 
 def test_the_default_rule_is_that_of_the_optimizer():
-    assert wrapped()[1].center.rule == rules.Adam(0.01)
+    assert wrapped()[1].center.rule == rules.Adam("follow")
     assert wrapped(rule=rules.SGD(0.5))[1].center.rule == rules.SGD(0.5)
     with pytest.raises(ConfigError, match="not LBFGS"):
         AGNOptimizer(torch.optim.LBFGS([nn.Parameter(torch.zeros(3))]), accumulate="gradients")
@@ -326,3 +408,56 @@ def test_closures_and_tied_parameters():
     opt.step(closure)
     np.testing.assert_array_equal(opt.center.snapshot()["param_groups[0].params[0]"], -5)
     np.testing.assert_array_equal(p.detach(), -5)
+
+
+def test_what_the_optimizer_does_to_gradients_is_not_pushed():
+    class Careless(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = None if closure is None else closure()
+            for p in self.param_groups[0]["params"]:
+                p.grad.zero_()
+            return loss
+
+    p = nn.Parameter(torch.zeros(3))
+    opt = AGNOptimizer(Careless([p], lr=1.0), 1, accumulate="gradients", rule=rules.SGD(1.0))
+
+    def closure():
+        p.grad = torch.ones(3)
+
+    opt.step(closure)
+    p.grad = torch.ones(3)
+    opt.step()
+    np.testing.assert_array_equal(p.detach(), -2)
+
+
+def test_schedulers_reach_the_center():
+    p = nn.Parameter(torch.zeros(3))
+    inner = torch.optim.SGD([p], lr=1.0)
+    torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 0.0)  # as a warm-up begins
+    opt = AGNOptimizer(inner, 1, accumulate="gradients")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+    p.grad = torch.ones(3)
+    opt.step()
+    scheduler.step()
+    np.testing.assert_array_equal(opt.center.snapshot()["param_groups[0].params[0]"], -0.5)
+
+
+def test_a_gradient_of_another_shape():
+    p = nn.Parameter(torch.zeros(3))
+    opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 2, accumulate="gradients")
+    p.data = torch.zeros(1)
+    p.grad = torch.ones(1)
+    with pytest.raises(LayoutError, match=r"AGNOptimizer: the gradient of .* is \[1\], it was \[3\]"):
+        opt.step()
+
+
+def test_a_state_of_the_other_mode_is_a_fresh_start():
+    p = nn.Parameter(torch.zeros(3))
+    opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 5)
+    p.grad = torch.ones(3)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    q = nn.Parameter(torch.zeros(3))
+    other = AGNOptimizer(torch.optim.SGD([q], lr=1.0), 5, accumulate="gradients")
+    other.load_state_dict(saved)
+    assert other.state_dict()["hvd_agn"]["steps_since_exchange"] == 0
