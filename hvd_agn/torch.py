@@ -123,7 +123,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             if rule is None and self._gradients:
                 rule = rules.SGD(0.0)  # stands in, should the next line fail
                 rule = rules.like(optimizer, lr=rules.FOLLOW)
-            if rule is not None and rule.follows:
+            if isinstance(rule, rules.Rule) and rule.follows:
                 _learning_rate(optimizer)
             if not normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
                 raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")

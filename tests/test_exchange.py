@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import RULES, ReferenceCenter, ReferenceClient, wide
 
 from hvd_agn import Center, rules
-from hvd_agn.errors import LayoutError, NonFiniteError, NonFiniteWarning
+from hvd_agn.errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleOverflowWarning
 
 
 def interleave(rule, shapes, dtypes, schedule, clients, seed):
@@ -228,7 +228,8 @@ def test_a_rule_that_overflows_leaves_its_block():
     center = Center([theta], rules.Add(scale=1e38))
     theta[0] += 100
     theta[300] += 1e-3
-    assert center.exchange(1)
+    with pytest.warns(RuleOverflowWarning, match=r"Add\(scale=1e\+38\) overflowed in 1 blocks of the center"):
+        assert center.exchange(1)
     values = center.snapshot()["array 0"]
     np.testing.assert_array_equal(values[:256], 1)
     assert values[300] > 1e34
