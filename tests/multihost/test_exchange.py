@@ -35,7 +35,7 @@ def test_nothing_is_lost(hosts, rma, ranks, exchanges, variants):
 
 @pytest.mark.parametrize("how", ["asleep", "busy"])
 def test_a_host_that_does_nothing_gives_what_the_reference_gives(hosts, rma, how, tmp_path):
-    on_ranks(2, interleave_all, how, str(tmp_path), hosts=hosts)
+    on_ranks(2, interleave_all, how, str(tmp_path), hosts=hosts, timeout=240)
 
 
 def test_wires(hosts, rma, tmp_path):
