@@ -188,8 +188,17 @@ std::size_t Client::exchange(double steps, bool exact, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("exchange()");
   if (options_.gradients) choose_active(exact);
-  const std::size_t refused = exchange_all(steps, exact, lr);
-  if (refused == kAccepted) std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
+  std::size_t refused = kAccepted;
+  try {
+    refused = exchange_all(steps, exact, lr);
+  } catch (...) {
+    for (std::size_t b = 0; b < pushed_.size(); ++b) pushed_[b] |= progress_[b] != Progress::untouched;
+    throw;
+  }
+  if (refused == kAccepted) {
+    std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
+    std::fill(pushed_.begin(), pushed_.end(), std::uint8_t{0});
+  }
   return refused;
 }
 

@@ -184,6 +184,7 @@ class Client {
   std::vector<std::uint8_t> touched_;      // by segment: has had a gradient since its last push
   std::vector<std::uint8_t> active_;       // by segment: takes part in the exchange under way
   std::vector<std::uint8_t> rounded_off_;  // by segment: has a residual
+  std::vector<std::uint8_t> pushed_;       // by block: by an exchange that was cut short, and no gradient since
 
   // Of blocks on other nodes, with a wire that rounds.
   std::unique_ptr<std::byte[]> residual_;  // what was rounded away, as images of blocks

@@ -24,6 +24,7 @@ void Client::make_sums() {
   touched_.resize(segments.size());
   active_.assign(segments.size(), kTouched);
   rounded_off_.resize(segments.size());
+  pushed_.resize(center_->layout().blocks());
 }
 
 void Client::choose_active(bool exact) {
@@ -42,6 +43,7 @@ void Client::set_sums_aside() {
 bool Client::active(std::size_t block, bool remote) const {
   const Layout& layout = center_->layout();
   if (!options_.gradients) return true;
+  if (pushed_[block]) return false;
   return std::any_of(layout.begin(block), layout.end(block),
                      [&](const Layout::Part& part) { return active(part, remote); });
 }
@@ -69,6 +71,7 @@ void Client::accumulate(const std::vector<const Buffer*>& gradients) {
     kernels().accumulate(gradients[s]->dtype, gradients[s]->data, sums_.get() + sum_offset_[s], gradients[s]->count);
     touched_[s] = kTouched;
   }
+  std::fill(pushed_.begin(), pushed_.end(), std::uint8_t{0});
 }
 
 Buffer Client::accumulator(std::size_t segment) const {
@@ -80,12 +83,14 @@ Buffer Client::accumulator(std::size_t segment) const {
 void Client::touch(const std::vector<bool>& segments) {
   const auto guard = enter();
   for (std::size_t s = 0; s < touched_.size(); ++s) touched_[s] |= segments.at(s) ? kTouched : 0;
+  std::fill(pushed_.begin(), pushed_.end(), std::uint8_t{0});
 }
 
 void Client::drop_gradients() {
   if (!options_.gradients) return;
   std::memset(sums_.get(), 0, sum_bytes_);
   std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
+  std::fill(pushed_.begin(), pushed_.end(), std::uint8_t{0});
 }
 
 void Client::settle_gradients() {

@@ -247,6 +247,7 @@ def give_up_half_way(overlap):
     comm.Barrier()
     for value in center.snapshot().values():
         np.testing.assert_array_equal(value, -3 - (8 if overlap else 0))
+    assert center._read()[2] == (3 if overlap else 2)  # no block had a push without a gradient
 
 
 @pytest.mark.parametrize("overlap", [False, True])
