@@ -50,6 +50,7 @@ struct Mailbox::Peer {
   std::uint64_t sent = 0;       // requests, or answers
   std::uint64_t published = 0;  // of these, what the peer's counter says
   std::uint64_t counter = 0;    // what is put there; the flush before the next has completed the put
+  std::uint64_t last_put = 0;   // block, for messages
 
   // A host: its shard, and the transfer's requests to it.
   std::size_t begin = 0, blocks = 0, start = 0;
@@ -239,6 +240,9 @@ std::string Mailbox::what_it_does() const {
     case Phase::flush:
       return concat("waits in MPI_Win_flush of block ", block, " to rank ", peer,
                     "; that rank is stopped, or the network to it is down");
+    case Phase::flush_all:
+      return concat("waits in MPI_Win_flush_all of blocks to several ranks, rank ", peer,
+                    " among them; one of them is stopped, or the network to it is down");
     case Phase::wait:
       return concat("waits for rank ", peer, " to answer block ", block, "; that rank is stopped or starved");
   }
@@ -316,7 +320,8 @@ Message* Mailbox::staging(const Peer& host, std::uint64_t number) const {
   return reinterpret_cast<Message*>(base_ + host.here + kCounterBytes + (ring_ + number % ring_) * slot_bytes_);
 }
 
-void Mailbox::put(const void* from, std::size_t bytes, const Peer& to, std::size_t offset, std::uint64_t block) {
+void Mailbox::put(const void* from, std::size_t bytes, Peer& to, std::size_t offset, std::uint64_t block) {
+  to.last_put = block;
   at(Phase::put, to.rank, block);
   const InMpi in_mpi(*this);
   for (std::size_t done = 0; done < bytes;) {
@@ -328,16 +333,30 @@ void Mailbox::put(const void* from, std::size_t bytes, const Peer& to, std::size
   }
 }
 
-void Mailbox::publish(Peer& to, std::uint64_t block) {
-  at(Phase::flush, to.rank, block);
+void Mailbox::publish(std::vector<Peer>& peers) {
+  int unpublished = 0;
+  for (const Peer& peer : peers) {
+    if (peer.sent == peer.published) continue;
+    at(Phase::flush, peer.rank, peer.last_put);
+    ++unpublished;
+  }
+  if (unpublished == 0) return;
+  const bool one = unpublished == 1;
+  if (!one) at(Phase::flush_all, peer_.load(), block_.load());
   int code = MPI_SUCCESS;
   {
+    // One flush for all, so that a slow link to one does not keep the others idle.
     const InMpi in_mpi(*this);
-    code = MPI_Win_flush(to.rank, window_);
+    code = one ? MPI_Win_flush(peer_.load(), window_) : MPI_Win_flush_all(window_);
   }
-  if (code != MPI_SUCCESS) check(code, rank_, concat("MPI_Win_flush of block ", block, " to rank ", to.rank));
-  to.counter = to.published = to.sent;
-  put(&to.counter, sizeof to.counter, to, 0, block);
+  if (code != MPI_SUCCESS)
+    check(code, rank_,
+          concat(one ? "MPI_Win_flush" : "MPI_Win_flush_all", " of block ", block_.load(), " to rank ", peer_.load()));
+  for (Peer& peer : peers) {
+    if (peer.sent == peer.published) continue;
+    peer.counter = peer.published = peer.sent;
+    put(&peer.counter, sizeof peer.counter, peer, 0, peer.last_put);
+  }
 }
 
 // ---- a host's part
@@ -345,8 +364,7 @@ void Mailbox::publish(Peer& to, std::uint64_t block) {
 bool Mailbox::serve() {
   bool any = false;
   for (Peer& worker : workers_) any |= serve_one(worker);
-  for (Peer& worker : workers_)
-    if (worker.sent != worker.published) publish(worker, slot(worker, worker.sent - 1)->block);
+  publish(workers_);
   return any;
 }
 
@@ -379,8 +397,7 @@ bool Mailbox::advance() {
   bool any = false;
   for (Peer& host : hosts_) any |= take_answers(host);
   // Not at once after the put: the network has had the time of the answers' unpacking.
-  for (Peer& host : hosts_)
-    if (host.sent != host.published) publish(host, host.pending[(host.sent - 1) % ring_]);
+  publish(hosts_);
   for (Peer& host : hosts_) any |= send_requests(host);
   for (const Peer& host : hosts_)
     if (host.sent != host.answered) at(Phase::wait, host.rank, host.pending[host.answered % ring_]);

@@ -122,8 +122,8 @@ class Mailbox {
   bool take_answers(Peer& host);
   bool send_requests(Peer& host);
   void finish_transfer();
-  void put(const void* from, std::size_t bytes, const Peer& to, std::size_t offset, std::uint64_t block);
-  void publish(Peer& to, std::uint64_t sent);
+  void put(const void* from, std::size_t bytes, Peer& to, std::size_t offset, std::uint64_t block);
+  void publish(std::vector<Peer>& peers);
   void poll_mpi();
   void stop();
   void fail(std::exception_ptr why);
@@ -151,7 +151,7 @@ class Mailbox {
   bool stopped_ = false;
 
   // What the thread is at, for messages; it may hang there.
-  enum class Phase : int { idle, put, flush, wait };
+  enum class Phase : int { idle, put, flush, flush_all, wait };
   class InMpi;
   void at(Phase phase, int peer, std::uint64_t block);
   std::atomic<Phase> phase_{Phase::idle};
