@@ -12,6 +12,7 @@
 #include "comm.hpp"
 #include "exchange.hpp"
 #include "limit.hpp"
+#include "staged.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -120,13 +121,44 @@ nb::dict stats_dict(const Client& client) {
   return d;
 }
 
+/// A function of Python's on NumPy arrays.
+class PythonFunction : public Function {
+ public:
+  PythonFunction(nb::callable function, std::string name, std::vector<std::string> slots)
+      : function_(std::move(function)), name_(std::move(name)), slots_(std::move(slots)) {}
+  std::size_t slots() const { return slots_.size(); }
+
+  void apply(DType center, std::byte* delta, std::byte* out, std::size_t slot_stride, std::size_t count,
+             std::uint64_t t) const override {
+    const nb::gil_scoped_acquire gil;
+    const auto type = center == DType::f64 ? nb::dtype<double>() : nb::dtype<float>();
+    const auto view = [&](std::byte* data) {
+      return nb::cast(nb::ndarray<nb::numpy>(data, 1, &count, nb::handle(), nullptr, type), nb::rv_policy::reference);
+    };
+    try {
+      nb::dict slots;
+      for (std::size_t s = 0; s < slots_.size(); ++s) slots[slots_[s].c_str()] = view(out + (s + 1) * slot_stride);
+      function_(view(out), view(delta), slots, t);
+    } catch (const nb::python_error& error) {
+      throw RuleError(concat(name_, " raised ", nb::cast<std::string>(error.type().attr("__name__")), ": ",
+                             nb::str(error.value()).c_str()));
+    }
+  }
+
+ private:
+  nb::callable function_;
+  std::string name_;
+  std::vector<std::string> slots_;
+};
+
 /// The core's exceptions become those of hvd_agn/errors.py.
 void use_python_errors() {
-  static PyObject *mpi_error, *stall_error, *usage_error;  // translators live as long as the process
+  static PyObject *mpi_error, *stall_error, *usage_error, *rule_error;  // translators live as long as the process
   const nb::module_ errors = nb::module_::import_("hvd_agn.errors");
   mpi_error = errors.attr("MPIError").inc_ref().ptr();
   stall_error = errors.attr("StallError").inc_ref().ptr();
   usage_error = errors.attr("UsageError").inc_ref().ptr();
+  rule_error = errors.attr("RuleError").inc_ref().ptr();
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
     try {
       std::rethrow_exception(thrown);
@@ -136,6 +168,8 @@ void use_python_errors() {
       PyErr_SetString(stall_error, error.what());
     } catch (const UsageError& error) {
       PyErr_SetString(usage_error, error.what());
+    } catch (const RuleError& error) {
+      PyErr_SetString(rule_error, error.what());
     }
   });
 }
@@ -152,12 +186,13 @@ void widen(const std::vector<Buffer>& buffers, const std::vector<Array>& arrays)
 }
 
 Rule rule_of(const std::string& kind, const nb::dict& hyper) {
-  static const char* const kinds[] = {"add",     "sgd",  "momentum",         "adam",   "adagrad",
-                                      "rmsprop", "lion", "delayed_nesterov", "elastic"};
+  static const char* const kinds[] = {"add",     "sgd",  "momentum",         "adam",    "adagrad",
+                                      "rmsprop", "lion", "delayed_nesterov", "elastic", "custom"};
   static const char* const by_staleness[] = {"none", "inverse", "sqrt"};
   static const std::map<std::string, bool Rule::*> flags = {
-      {"nesterov", &Rule::nesterov}, {"decoupled", &Rule::decoupled},   {"tf_contrib", &Rule::tf_contrib},
-      {"centered", &Rule::centered}, {"eps_inside", &Rule::eps_inside}, {"follow", &Rule::follow}};
+      {"nesterov", &Rule::nesterov},  {"decoupled", &Rule::decoupled},   {"tf_contrib", &Rule::tf_contrib},
+      {"centered", &Rule::centered},  {"eps_inside", &Rule::eps_inside}, {"follow", &Rule::follow},
+      {"gap_aware", &Rule::gap_aware}};
   static const std::map<std::string, double Rule::*> numbers = {
       {"scale", &Rule::scale},         {"lr", &Rule::lr},          {"weight_decay", &Rule::weight_decay},
       {"momentum", &Rule::momentum},   {"beta1", &Rule::beta1},    {"dampening", &Rule::dampening},
@@ -180,9 +215,12 @@ Rule rule_of(const std::string& kind, const nb::dict& hyper) {
       rule.staleness = static_cast<Rule::Staleness>(index(by_staleness, nb::cast<std::string>(value)));
     else if (name == "every")
       rule.every = nb::cast<std::uint64_t>(value);
+    else if (name == "function")
+      rule.function = nb::cast<const PythonFunction*>(value);
     else
       throw nb::key_error(name.c_str());
   }
+  if (rule.function) rule.function_slots = static_cast<int>(static_cast<const PythonFunction*>(rule.function)->slots());
   return rule;
 }
 
@@ -207,11 +245,13 @@ void bind_comm(nb::module_& m) {
 }
 
 void bind_center(nb::module_& m) {
+  nb::class_<PythonFunction>(m, "Function", "What a custom rule does to a piece of a block.")
+      .def(nb::init<nb::callable, std::string, std::vector<std::string>>(), "function"_a, "name"_a, "slots"_a);
   nb::class_<Rule>(m, "Rule", "A rule's kind and hyper-parameters, by name.")
       .def(
           "__init__",
           [](Rule* self, const std::string& kind, const nb::dict& hyper) { new (self) Rule(rule_of(kind, hyper)); },
-          "kind"_a, "hyper"_a)
+          "kind"_a, "hyper"_a, nb::keep_alive<1, 3>())
       .def_prop_ro("slots", &Rule::slots)
       .def_prop_ro("pushes_values", &Rule::pushes_values);
 
@@ -241,7 +281,8 @@ void bind_center(nb::module_& m) {
           "comm"_a, "layout"_a, "rule"_a, "shared"_a);
 
   nb::class_<Center>(m, "Center", "Shared parameters in the host's memory.")
-      .def(nb::init<Comm&, Plan, Layout, Rule>(), "comm"_a, "plan"_a, "layout"_a, "rule"_a, Release())
+      .def(nb::init<Comm&, Plan, Layout, Rule>(), "comm"_a, "plan"_a, "layout"_a, "rule"_a, nb::keep_alive<1, 5>(),
+           Release())
       .def("connect", &Center::connect, "comm"_a, "ring"_a, Release())
       .def("disconnect", &Center::disconnect, Release())
       .def(

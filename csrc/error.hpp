@@ -23,6 +23,11 @@ struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// The function of a custom rule has failed.
+struct RuleError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// The arguments in their text form, one after another.
 template <class... Args>
 std::string concat(const Args&... args) {

@@ -4,9 +4,11 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "exchange_remote.hpp"
 #include "service.hpp"
+#include "staged.hpp"
 
 namespace hvd_agn {
 
@@ -59,6 +61,7 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
     rounded_.resize(layout.block_bytes());
   }
   if (options_.gradients) make_sums();
+  if (center_->rule().staged()) staged_.resize(layout.block_bytes());
   seen_.resize(layout.blocks());
   progress_.resize(layout.blocks());
   whole_.assign(layout.blocks(), 1);
@@ -230,6 +233,7 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
     if (mailbox) mailbox->begin(transfer);
     for (const auto& shard : center_->shards()) exchange_shard(*shard, push);
     if (mailbox) mailbox->wait(transfer);
+    HVD_AGN_EXPECTS(transfer.failure().empty(), RuleError, transfer.failure());
   } catch (...) {
     if (mailbox) mailbox->cancel(transfer);
     throw;
@@ -262,10 +266,21 @@ void Client::exchange_shard(Shard& shard, const Push& push) {
 }
 
 void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push) {
-  const Layout& layout = center_->layout();
   const std::uint64_t version = block.version();
   push.version = version;
   push.weight = center_->rule().weight(version > seen_[index] ? version - seen_[index] : 0);
+  Range range =
+      center_->rule().staged() ? push_staged(shard, block, index, push) : push_fused(shard, block, index, push);
+  const bool refused = range == Range::nonfinite;
+  if (refused)  // the rule overflowed: the block stays as it was, and this worker takes it over
+    range = copy_block(index, block.data(), shard.slot_stride(), !from_snapshot_, true);
+  else
+    block.commit(version + 1);
+  received(index, refused ? version : version + 1, true, refused, range);
+}
+
+Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t index, const Push& push) {
+  const Layout& layout = center_->layout();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
     if (part != layout.begin(index)) reach(Stage::half_written, index);
@@ -276,12 +291,28 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
     range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), push, from_snapshot_,
                                                piece(*part, block.data(), block.spare())));
   }
-  const bool refused = range == Range::nonfinite;
-  if (refused)  // the rule overflowed: the block stays as it was, and this worker takes it over
-    range = copy_block(index, block.data(), shard.slot_stride(), !from_snapshot_, true);
-  else
-    block.commit(version + 1);
-  received(index, refused ? version : version + 1, true, refused, range);
+  return range;
+}
+
+Range Client::push_staged(Shard& shard, const Shard::Block& block, std::size_t index, Push push) {
+  const double steps = std::exchange(push.steps, 1);
+  const Layout& layout = center_->layout();
+  const Rule& rule = center_->rule();
+  Range range = Range::normal;
+  for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
+    if (!active(*part, false)) {
+      keep_part(layout, *part, rule.slots(), shard.slot_stride(), block.data(), block.spare());
+      continue;
+    }
+    take_delta(*part, steps, staged_.data(), nullptr);
+    Piece p = piece(*part, block.data(), block.spare());
+    p.theta = staged_.data() + part->block_offset;
+    range = std::max(range, apply_staged(layout.dtype(*part), rule, push, p, buffers_[part->segment].dtype));
+  }
+  // Only now, when no part can fail any more.
+  drop_sums(index, false);
+  if (range == Range::nonfinite) return range;
+  return std::max(range, copy_block(index, block.spare(), shard.slot_stride(), !from_snapshot_, true));
 }
 
 void Client::received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range) {

@@ -124,6 +124,8 @@ class Client {
   std::size_t exchange_all(double steps, bool exact, double lr);
   void exchange_shard(Shard& shard, const Push& push);
   void exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push);
+  Range push_fused(Shard& shard, const Shard::Block& block, std::size_t index, const Push& push);
+  Range push_staged(Shard& shard, const Shard::Block& block, std::size_t index, Push push);
   void copy_all(bool theta, bool anchor);
   Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor);
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
@@ -142,6 +144,7 @@ class Client {
   }
   std::byte* accumulator(const Layout::Part& part) const;
   void drop_gradients();
+  void drop_sums(std::size_t block, bool remote);
   void settle_gradients();
   Piece piece(const Layout::Part& part, const std::byte* in, std::byte* out) const;
   std::byte* source(const Layout::Part& part) const;
@@ -169,6 +172,7 @@ class Client {
   std::size_t push_bytes_ = 0;
   std::vector<std::size_t> busy_;  // blocks put off because another held them
   double power_ = 0;               // steps and pushes so far
+  std::vector<std::byte> staged_;  // one block's delta, for a rule that takes several passes over it
 
   std::unique_ptr<std::byte[]> snapshot_;  // with overlap
   bool from_snapshot_ = false;             // the exchange under way is start()'s

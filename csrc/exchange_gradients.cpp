@@ -93,6 +93,13 @@ void Client::drop_gradients() {
   std::fill(pushed_.begin(), pushed_.end(), std::uint8_t{0});
 }
 
+void Client::drop_sums(std::size_t block, bool remote) {
+  const Layout& layout = center_->layout();
+  if (!options_.gradients) return;
+  for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part)
+    if (active(*part, remote)) std::memset(accumulator(*part), 0, layout.bytes(*part));
+}
+
 void Client::settle_gradients() {
   // What was not pushed is accumulated again.
   const Layout& layout = center_->layout();

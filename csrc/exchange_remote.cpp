@@ -21,6 +21,7 @@ void Client::ask(Message& head) const {
     others |= dtype != DType::f16 && dtype != DType::bf16;
   }
   head.client = leave_.id;
+  head.mirrored = center_->rule().gap_aware;
   if (!others && halves[0] != halves[1]) {
     head.half_values = true;
     head.answer_wire = halves[0] ? Wire::fp16 : Wire::bf16;
@@ -40,7 +41,6 @@ void Client::take_delta(const Layout::Part& part, double steps, std::byte* value
   } else if (options_.gradients) {
     const Piece sum = {accumulator(part), nullptr, nullptr, p.out, 0, p.count};
     kernels().delta(center_->layout().dtype(part), steps, sum, residual);
-    std::memset(sum.theta, 0, center_->layout().bytes(part));
   } else if (center_->rule().pushes_values()) {
     kernels().widen(dtype, p.theta, p.out, p.count);
   } else {
@@ -91,11 +91,10 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
 void Client::PullTransfer::request(Message& head, std::byte*) {
   head.kind = Message::Kind::pull;
   client_.ask(head);
+  head.mirrored &= anchor_;  // the host is to remember it only if it becomes the anchor
   if (head.half_values) return;
-  // All of it: the worker may be anywhere. The host is to remember it only if it becomes the anchor.
-  head.answer_wire = Wire::center;
+  head.answer_wire = Wire::center;  // all of it: the worker may be anywhere
   head.difference = false;
-  head.mirrored &= anchor_;
 }
 
 std::byte* Client::residual(std::size_t block) const {
@@ -139,6 +138,14 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
 }
 
 void Client::PushTransfer::answer(const Message& head, const std::byte* payload) {
+  if (head.failed) {  // nothing was pushed: it is still in the arrays, or in the sums
+    failure_ = concat("at the host of block ", head.block, ", ",
+                      std::string(reinterpret_cast<const char*>(payload), head.payload_bytes));
+    const std::lock_guard<std::mutex> lock(client_.counts_mutex_);
+    client_.progress_[head.block] = Progress::untouched;
+    return;
+  }
+  client_.drop_sums(head.block, true);
   const Range range = client_.take(head, payload, !client_.from_snapshot_, true);
   client_.received(head.block, head.version, true, head.refused, range);
 }
@@ -153,6 +160,7 @@ void Client::PushTransfer::abandon(std::size_t block) {
   // anchor, and it asks for the whole block next time.
   Client& c = client_;
   const Layout& layout = c.center_->layout();
+  c.drop_sums(block, true);
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part)
     std::memcpy(c.anchor(*part), c.source(*part), part->count * item_size(c.buffers_[part->segment].dtype));
   c.whole_[block] = 1;

@@ -125,6 +125,8 @@ Range pass(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
       return pass_rule<kPass, DelayedNesterov>(dtype, rule, push, p);
     case Rule::Kind::elastic:
       return pass_rule<kPass, Elastic>(dtype, rule, push, p);
+    case Rule::Kind::custom:  // not a loop of ours: staged.cpp
+      break;
   }
   __builtin_unreachable();
 }
@@ -135,6 +137,56 @@ Range exchange(DType dtype, const Rule& rule, const Push& push, bool keep_theta,
 
 Range apply(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
   return pass<Pass::apply>(dtype, rule, push, p);
+}
+
+// ---- the gap between a worker and the center
+
+template <class V, class T>
+void damp_by_gap(const Piece& p, std::size_t moved, T sum_of_weights) {
+  constexpr T kTiny = T(1e-12);  // where nothing has moved yet
+  T* __restrict delta = static_cast<T*>(p.theta);
+  const V* __restrict anchor = static_cast<const V*>(p.anchor);
+  const T* __restrict in = reinterpret_cast<const T*>(p.in);
+  const T* __restrict squares = reinterpret_cast<const T*>(p.in + moved);
+  for (std::size_t i = 0; i < p.count; ++i) {
+    V as_received;
+    narrow(in[i], &as_received);
+    const T gap = wide(as_received) - wide(anchor[i]);
+    delta[i] /= T(1) + (gap < T(0) ? -gap : gap) / (Adam<T>::root(squares[i] / sum_of_weights) + kTiny);
+  }
+}
+
+void damp(DType dtype, const Piece& p, std::size_t moved, double sum_of_weights) {
+  switch (dtype) {
+    case DType::f32:
+      return damp_by_gap<float, float>(p, moved, static_cast<float>(sum_of_weights));
+    case DType::f64:
+      return damp_by_gap<double, double>(p, moved, sum_of_weights);
+    case DType::f16:
+      return damp_by_gap<Half, float>(p, moved, static_cast<float>(sum_of_weights));
+    case DType::bf16:
+      return damp_by_gap<Bfloat, float>(p, moved, static_cast<float>(sum_of_weights));
+  }
+}
+
+template <class T>
+Range remember_move(const Piece& p, std::size_t moved, T fresh) {
+  const T* __restrict in = reinterpret_cast<const T*>(p.in);
+  const T* __restrict before = reinterpret_cast<const T*>(p.in + moved);
+  const T* __restrict out = reinterpret_cast<const T*>(p.out);
+  T* __restrict after = reinterpret_cast<T*>(p.out + moved);
+  word<T> largest = 0;
+  for (std::size_t i = 0; i < p.count; ++i) {
+    const T move = out[i] - in[i];
+    after[i] = before[i] + fresh * (move * move - before[i]);
+    largest = larger(largest, magnitude(after[i]));
+  }
+  return range_of<T>(largest);
+}
+
+Range remember(DType center, const Piece& p, std::size_t moved, double kept) {
+  return center == DType::f64 ? remember_move<double>(p, moved, 1 - kept)
+                              : remember_move<float>(p, moved, static_cast<float>(1 - kept));
 }
 
 // ---- pull
@@ -320,6 +372,8 @@ extern const Kernels set;
 const Kernels set = {HVD_AGN_TEXT(HVD_AGN_ISA),
                      exchange,
                      apply,
+                     damp,
+                     remember,
                      pull,
                      scan,
                      finite_delta,

@@ -51,6 +51,12 @@ struct Kernels {
   Range (*exchange)(DType, const Rule&, const Push&, bool keep_theta, const Piece&);
   /// out, slots = rule(in, weight * theta / steps); theta = out. Of the center's type; no anchor.
   Range (*apply)(DType center, const Rule&, const Push&, const Piece&);
+  /// theta, a delta of the center's type, /= 1 + |in - anchor| / typical move of the center, as far as the worker's
+  /// dtype can tell. `moved`: bytes from `in` to the sum of squared moves, `sum_of_weights` that it is to be divided
+  /// by.
+  void (*damp)(DType, const Piece&, std::size_t moved, double sum_of_weights);
+  /// The same sum in `out`: `kept` of it, and the rest of (out - in)^2. Returns its range.
+  Range (*remember)(DType center, const Piece&, std::size_t moved, double kept);
   /// theta = in and anchor = in, unless null. Returns the range of `in`.
   Range (*pull)(DType, const Piece&);
   /// Range of `count` values of a worker's dtype.

@@ -4,11 +4,13 @@
 #include <chrono>
 #include <utility>
 
+#include "error.hpp"
 #include "kernels.hpp"
 
 namespace hvd_agn {
 
 std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes, int repeats, const Rule& rule) {
+  HVD_AGN_EXPECTS(!rule.staged(), std::invalid_argument, "this rule has more than one pass");
   const std::size_t block = block_bytes / sizeof(float);
   const std::size_t blocks = (count + block - 1) / block;
   const std::size_t stride = block * (1 + rule.slots());

@@ -50,8 +50,9 @@ struct Message {
   bool difference = false;
   bool mirrored = false;           // the host is to remember what this client has of the block
   bool refused = false;            // answer: the rule overflowed, the block stayed as it was
+  bool failed = false;             // answer: the rule's function failed, the block stayed; payload: why
   bool masked = false;             // push: a bit for each part follows; only parts whose bit is set are pushed
-  std::uint8_t reserved[12] = {};  // a window's base is aligned to 8 bytes only
+  std::uint8_t reserved[11] = {};  // a window's base is aligned to 8 bytes only
 };
 static_assert(sizeof(Message) == 64);
 

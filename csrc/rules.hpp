@@ -6,9 +6,22 @@
 
 namespace hvd_agn {
 
+class Function;
+
 /// A rule with its hyper-parameters, as hvd_agn/rules.py describes them.
 struct Rule {
-  enum class Kind : std::uint8_t { add, sgd, momentum, adam, adagrad, rmsprop, lion, delayed_nesterov, elastic };
+  enum class Kind : std::uint8_t {
+    add,
+    sgd,
+    momentum,
+    adam,
+    adagrad,
+    rmsprop,
+    lion,
+    delayed_nesterov,
+    elastic,
+    custom
+  };
   enum class Staleness : std::uint8_t { none, inverse, sqrt };
 
   Kind kind = Kind::add;
@@ -19,6 +32,7 @@ struct Rule {
   bool centered = false;    // rmsprop
   bool eps_inside = false;  // rmsprop: sqrt(square_avg + eps)
   bool follow = false;      // the learning rate comes with the push
+  bool gap_aware = false;   // a delta counts less where the center has moved far since its worker pulled
   double scale = 1;         // add; elastic: alpha
   double lr = 0, weight_decay = 0;
   double momentum = 0, dampening = 0;
@@ -26,10 +40,14 @@ struct Rule {
   double eps = 0, lr_decay = 0;
   double initial = 0;  // of every element of slot 0
   std::uint64_t every = 1;
-  double clip_norm = 0;  // of a worker's whole delta; 0: none
+  double clip_norm = 0;                // of a worker's whole delta; 0: none
+  const Function* function = nullptr;  // custom; whoever makes the rule keeps it
+  int function_slots = 0;
 
-  /// Arrays of the center's size that the rule keeps at the center.
-  int slots() const {
+  /// Arrays of the center's size that the rule keeps at the center. With gap_aware one more, the last: the mean square
+  /// of the center's moves.
+  int slots() const { return own_slots() + gap_aware; }
+  int own_slots() const {
     switch (kind) {
       case Kind::add:
       case Kind::sgd:
@@ -44,9 +62,13 @@ struct Rule {
         return 2;
       case Kind::rmsprop:
         return 1 + centered + (momentum != 0);
+      case Kind::custom:
+        return function_slots;
     }
     return 0;
   }
+  /// Whether it takes apply_staged(), and not one pass.
+  bool staged() const { return gap_aware || kind == Kind::custom; }
   /// Whether a worker pushes its parameters, and not how far they have come.
   bool pushes_values() const { return kind == Kind::elastic; }
   /// Of a push that does not know of `missed` others.

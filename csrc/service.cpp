@@ -4,6 +4,8 @@
 #include <cstring>
 #include <new>
 
+#include "staged.hpp"
+
 namespace hvd_agn {
 
 std::size_t encoded_bytes(const Layout& layout, std::size_t block, Wire wire) {
@@ -37,6 +39,15 @@ void decode_block(const Layout& layout, std::size_t block, Wire wire, const std:
   }
 }
 
+namespace {
+
+/// Of a client whose parameters in this block are all of one half type; so is its mirror then.
+DType half_type(const Message& head) {
+  return head.answer_wire == Wire::fp16 ? DType::f16 : DType::bf16;
+}
+
+}  // namespace
+
 Service::Service(std::unique_ptr<Shard> shard, const Layout& layout, const Rule& rule)
     : shard_(std::move(shard)), layout_(layout), rule_(rule), values_(layout.block_bytes()) {}
 
@@ -49,7 +60,7 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
   // Values of the center's own type are worked on in the message itself.
   const bool in_place = head.wire == Wire::center && head.answer_wire == Wire::center && !head.mirrored;
   std::byte* values = in_place ? payload : values_.data();
-  {
+  try {
     auto block = shard_->try_lock(head.block);
     if (!block) return false;
     switch (head.kind) {
@@ -58,7 +69,8 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
           decode_block(layout_, head.block, head.wire, payload, false, values);
         else if (!in_place)
           std::memcpy(values, payload, layout_.used_bytes(head.block));
-        push(*block, head, values, head.masked ? payload + encoded_bytes(layout_, head.block, head.wire) : nullptr);
+        push(worker, *block, head, values,
+             head.masked ? payload + encoded_bytes(layout_, head.block, head.wire) : nullptr);
         break;
       case Kind::pull:
         std::memcpy(values, block->data(), layout_.used_bytes(head.block));
@@ -77,15 +89,26 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
       case Kind::version:
         break;
     }
+  } catch (const RuleError& error) {  // the worker is to hear of it
+    const std::string text = error.what();
+    head.failed = true;
+    head.payload_bytes = std::min(text.size(), layout_.block_bytes());
+    std::memcpy(payload, text.data(), head.payload_bytes);
+    return true;
   }
   encode(worker, head, values, payload);
   return true;
 }
 
-void Service::push(Shard::Block& block, Message& head, std::byte* values, const std::byte* mask) {
+void Service::push(int worker, Shard::Block& block, Message& head, std::byte* values, const std::byte* mask) {
   const std::uint64_t version = block.version();
   const double weight = rule_.weight(version > head.version ? version - head.version : 0);
   const Push push = {1, weight, version, head.lr, head.power};
+  std::byte* had = nullptr;
+  if (rule_.gap_aware) {
+    had = mirror(worker, head);
+    HVD_AGN_EXPECTS(had, std::runtime_error, "no memory for a copy of the shard, which gap_aware needs of each worker");
+  }
   Range range = Range::normal;
   for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
     if (part != layout_.begin(head.block)) reach(Stage::half_written, head.block);
@@ -95,9 +118,14 @@ void Service::push(Shard::Block& block, Message& head, std::byte* values, const 
       std::memcpy(values + at, block.data() + at, layout_.bytes(*part));
       continue;
     }
-    const Piece piece = {values + at,           nullptr,    block.data() + at, block.spare() + at,
-                         shard_->slot_stride(), part->count};
-    range = std::max(range, kernels().apply(layout_.dtype(*part), rule_, push, piece));
+    Piece piece = {values + at, nullptr, block.data() + at, block.spare() + at, shard_->slot_stride(), part->count};
+    const DType dtype = layout_.dtype(*part);
+    if (!rule_.staged()) {
+      range = std::max(range, kernels().apply(dtype, rule_, push, piece));
+      continue;
+    }
+    if (had) piece.anchor = had + at;
+    range = std::max(range, apply_staged(dtype, rule_, push, piece, head.half_values ? half_type(head) : dtype));
   }
   head.refused = range == Range::nonfinite;
   if (head.refused) {
@@ -111,11 +139,12 @@ void Service::push(Shard::Block& block, Message& head, std::byte* values, const 
 
 void Service::encode(int worker, Message& head, std::byte* values, std::byte* payload) {
   if (head.half_values) {
+    std::byte* had = head.mirrored ? mirror(worker, head) : nullptr;
     head.payload_bytes = 0;
-    const DType half = head.answer_wire == Wire::fp16 ? DType::f16 : DType::bf16;
     for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
-      const Piece piece = {payload + head.payload_bytes, nullptr, values + part->block_offset, nullptr, 0, part->count};
-      kernels().pull(half, piece);
+      std::byte* half = payload + head.payload_bytes;
+      kernels().pull(half_type(head), {half, nullptr, values + part->block_offset, nullptr, 0, part->count});
+      if (had) std::memcpy(had + part->block_offset, half, part->count * item_size(half_type(head)));
       head.payload_bytes += wire_bytes(layout_.dtype(*part), head.answer_wire, part->count);
     }
     return;

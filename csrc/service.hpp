@@ -24,7 +24,7 @@ class Service : public Responder {
   using Mirror = std::unique_ptr<std::byte[]>;
 
   /// `mask`: null if all parts are pushed.
-  void push(Shard::Block& block, Message& head, std::byte* values, const std::byte* mask);
+  void push(int worker, Shard::Block& block, Message& head, std::byte* values, const std::byte* mask);
   void encode(int worker, Message& head, std::byte* values, std::byte* payload);
   /// Null if there is no memory for it.
   std::byte* mirror(int worker, const Message& head);

@@ -3,13 +3,13 @@
 import itertools
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from . import _core
-from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleOverflowWarning, UsageError
+from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError
 
 if TYPE_CHECKING:
     from .center import Center
@@ -128,13 +128,21 @@ class Client:
         Raises:
             NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
             UsageError: the center is closed, an exchange is under way in the background, or ``lr`` is missing.
+            RuleError: the function of a ``rules.Custom`` failed. What was not pushed is pushed by the next exchange.
             StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. What was not pushed is still in the
                 arrays, or the accumulators, for the next exchange.
         """
-        return self._accept(self._open().exchange(steps, exact, self._rate(lr)))
+        rate = self._rate(lr)
+        return self._accept(lambda native: native.exchange(steps, exact, rate))
 
-    def _accept(self, refused: int) -> bool:
+    def _accept(self, exchange: Callable[[_core.Client], int]) -> bool:
         native = self._open()
+        try:
+            refused = exchange(native)
+        except RuleError as error:
+            raise RuleError(
+                f"{self._center.label}: {error}. The blocks concerned stay as they were; the next exchange pushes to them."
+            ) from None
         if refused < 0:
             self._warn_of_refused_blocks(native.blocks_refused)
             return True
@@ -207,7 +215,7 @@ class Client:
         Raises:
             As :meth:`exchange`, for what happened in the background.
         """
-        return self._accept(self._open().finish())
+        return self._accept(_core.Client.finish)
 
     @property
     def owes(self) -> bool:

@@ -37,6 +37,10 @@ class MPIError(AGNError, RuntimeError):
     """An MPI call failed; the message has the rank, the operation and MPI's own text."""
 
 
+class RuleError(AGNError, RuntimeError):
+    """The function of a :class:`hvd_agn.rules.Custom` has failed; the blocks concerned stay as they were."""
+
+
 class StallError(AGNError, TimeoutError):
     """A wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``."""
 

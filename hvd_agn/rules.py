@@ -9,8 +9,11 @@ is the number of pushes that the block has had, this one among them. Slots live 
 import dataclasses
 import numbers
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import numpy as np
 
 from . import _core
 from .errors import ConfigError
@@ -18,6 +21,7 @@ from .errors import ConfigError
 STALENESS = ("none", "inverse", "sqrt")
 BIAS_CORRECTIONS = ("torch", "tf_contrib")
 FOLLOW = "follow"
+_MOVED = "moved_sq"  # the slot of gap_aware
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -31,19 +35,25 @@ class Rule:
         clip_norm: a delta whose Euclidean norm over all arrays is larger is scaled to this norm, by the worker that
             pushes it. Costs one more reading of its parameters and anchor. What a ``wire_dtype`` has rounded away
             before comes on top.
+        gap_aware: divide each element of a delta by ``1 + |center - anchor| / sqrt(s)``: by how many typical moves the
+            center is away from what the worker last received (Barkai, Hakimi, Schuster, ICLR 2020, arXiv 1909.10802,
+            parameter by parameter). ``s`` is the mean of the squared moves of that element so far, older ones fading
+            by 0.999 per push. Memory: ``s`` is one more slot, ``moved_sq``, as large as the center; a host also keeps a
+            copy of its shard for every worker on another node. Takes several passes over a block instead of one.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ()
-    """Names of the arrays that rules of this type may keep at the center, each as large as the center."""
+    _slots: ClassVar[tuple[str, ...]] = ()  # that rules of this type may keep at the center
 
     staleness: str = STALENESS[0]
     clip_norm: float | None = None
+    gap_aware: bool = False
 
     def __post_init__(self) -> None:
         if self.staleness not in STALENESS:
             raise ConfigError(f"{self._label}: staleness={self.staleness!r}: give one of {', '.join(STALENESS)}.")
         if self.clip_norm is not None:
             _finite(self, "clip_norm", above=0)
+        _flags(self, "gap_aware")
 
     @property
     def _label(self) -> str:
@@ -54,7 +64,7 @@ class Rule:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         shown = {name: v for name, v in own.items() if name not in modifiers}
         shown |= {name: own[name] for name, default in modifiers.items() if own[name] != default}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={_text(value)}' for name, value in shown.items())})"
 
     @property
     def factor(self) -> float | None:
@@ -73,11 +83,15 @@ class Rule:
         kind, hyper = self._kind()
         if hyper.get("lr") == FOLLOW:
             hyper |= {"lr": 0.0, "follow": True}
-        return _core.Rule(kind, hyper | {"staleness": self.staleness, "clip_norm": self.clip_norm or 0.0})
+        modifiers = {"staleness": self.staleness, "clip_norm": self.clip_norm or 0.0, "gap_aware": self.gap_aware}
+        return _core.Rule(kind, hyper | modifiers)
 
     def active_slots(self) -> tuple[str, ...]:
-        """The slots that this rule keeps, with its hyper-parameters."""
-        return self.slots[: self._native().slots]
+        """Names of the arrays, each as large as the center, that this rule keeps there."""
+        return self._own_slots(self._native().slots - self.gap_aware) + (_MOVED,) * self.gap_aware
+
+    def _own_slots(self, count: int) -> tuple[str, ...]:
+        return self._slots[:count]
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +134,7 @@ class SGD(Rule):
         weight_decay: L2 factor, at least 0.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    _slots: ClassVar[tuple[str, ...]] = ("momentum",)
 
     lr: float | str
     momentum: float = 0.0
@@ -163,7 +177,7 @@ class Adam(Rule):
             added to ``sqrt(v)`` before the correction.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    _slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     _decoupled: ClassVar[bool] = False
 
     lr: float | str = 1e-3
@@ -214,7 +228,7 @@ class Adagrad(Rule):
         eps: at least 0, and above 0 if ``initial_accumulator_value`` is 0.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("sum",)
+    _slots: ClassVar[tuple[str, ...]] = ("sum",)
 
     lr: float | str = 1e-2
     lr_decay: float = 0.0
@@ -257,7 +271,7 @@ class RMSprop(Rule):
         initial_square_avg: of ``s``, at least 0. It is 1 in TensorFlow 1.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("square_avg", "grad_avg", "momentum_buffer")
+    _slots: ClassVar[tuple[str, ...]] = ("square_avg", "grad_avg", "momentum_buffer")
 
     lr: float | str = 1e-2
     alpha: float = 0.99
@@ -276,8 +290,8 @@ class RMSprop(Rule):
         _finite(self, "weight_decay", "momentum", "initial_square_avg", least=0)
         _flags(self, "centered", "eps_inside_root")
 
-    def active_slots(self) -> tuple[str, ...]:  # noqa: D102 (inherited)
-        return tuple(slot for slot, on in zip(self.slots, (True, self.centered, self.momentum), strict=True) if on)
+    def _own_slots(self, count: int) -> tuple[str, ...]:
+        return tuple(slot for slot, on in zip(self._slots, (True, self.centered, self.momentum), strict=True) if on)
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         hyper = _hyper(self)
@@ -298,7 +312,7 @@ class Lion(Rule):
         weight_decay: decoupled, at least 0.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    _slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     lr: float | str = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
@@ -328,7 +342,7 @@ class DelayedNesterov(Rule):
         every: N, at least 1; the number of workers is a good choice.
     """
 
-    slots: ClassVar[tuple[str, ...]] = ("momentum", "buffer")
+    _slots: ClassVar[tuple[str, ...]] = ("momentum", "buffer")
 
     lr: float | str
     momentum: float
@@ -349,8 +363,8 @@ class Elastic(Rule):
     """Worker and center move towards each other (EASGD: Zhang, Choromanska, LeCun, NeurIPS 2015, arXiv 1412.6651).
 
     ``d = theta - center``; ``theta <- theta - alpha * d``; ``center <- center + alpha * d``. A worker pushes its
-    parameters and keeps ones of its own; the number of local steps does not count. ``clip_norm`` and ``wire_dtype`` are
-    refused: there is no delta to clip or to round.
+    parameters and keeps ones of its own; the number of local steps does not count. ``clip_norm``, ``gap_aware``
+    and ``wire_dtype`` are refused: there is no delta.
 
     Args:
         alpha: above 0, at most 1. The paper has 0.9 divided by the number of workers.
@@ -363,9 +377,54 @@ class Elastic(Rule):
         _finite(self, "alpha", above=0, most=1)
         if self.clip_norm is not None:
             raise ConfigError("rules.Elastic: clip_norm: workers push parameters, there is no delta to clip.")
+        if self.gap_aware:
+            raise ConfigError("rules.Elastic: gap_aware: workers push parameters, there is no delta to make smaller.")
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         return "elastic", {"scale": self.alpha}
+
+
+@dataclass(frozen=True, repr=False)
+class Custom(Rule):
+    """A function of yours on NumPy arrays: to try a rule out, not for speed.
+
+    ``fn(center, delta, slots, t)`` is called for every piece of an array that lies in one block (256 KiB, unless
+    ``HVD_AGN_BLOCK_BYTES`` says otherwise), under the block's lock: by the worker that pushes, or, for workers on other
+    nodes, in the host's process, in a thread of its own that waits for the GIL. All are one-dimensional, of the center's
+    type, and valid during the call only:
+
+    * ``center``: its values, to be changed in place;
+    * ``delta``: the mean update, after ``staleness``, ``gap_aware`` and ``clip_norm``; it may be written over;
+    * ``slots``: name -> array, to be changed in place; zero at first;
+    * ``t``: pushes of the block, this one among them.
+
+    If it raises, the exchange raises :class:`hvd_agn.errors.RuleError`, the block stays as it was, and what was to be
+    pushed to it is pushed by the next exchange. Elements must not depend on each other: where blocks end is no property
+    of a model. All ranks need the same function. Several times slower than the rules above.
+
+    Args:
+        fn: the function.
+        slots: names of the arrays that it keeps at the center.
+    """
+
+    fn: Callable[[np.ndarray, np.ndarray, dict[str, np.ndarray], int], object]
+    slots: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.fn):
+            raise ConfigError(f"rules.Custom: fn={self.fn!r}: give a function of (center, delta, slots, t).")
+        slots = (self.slots,) if isinstance(self.slots, str) else tuple(self.slots)
+        names = [slot for slot in slots if isinstance(slot, str) and slot.isidentifier() and slot != _MOVED]
+        if len(set(names)) < len(slots):
+            raise ConfigError(f"rules.Custom: slots={self.slots!r}: give different names, such as ('momentum',).")
+        object.__setattr__(self, "slots", slots)
+
+    def _own_slots(self, count: int) -> tuple[str, ...]:
+        return self.slots
+
+    def _kind(self) -> tuple[str, dict[str, Any]]:
+        return "custom", {"function": _core.Function(self.fn, repr(self), list(self.slots))}
 
 
 # ---- the rule of an optimizer
@@ -440,6 +499,11 @@ def whole(what: str, value: Any, unit: str) -> int:
     if isinstance(value, bool) or not 1 <= number < 2**31:
         raise ConfigError(f"{what}={value!r}: give a whole number of {unit}, 1 or more.")
     return number
+
+
+def _text(value: Any) -> str:
+    """For a rule's repr, which is the same on every rank."""
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else repr(value)
 
 
 def _flags(rule: Rule, *names: str) -> None:

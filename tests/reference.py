@@ -7,6 +7,17 @@ import numpy as np
 
 from hvd_agn import rules
 
+
+def heavy_ball(center, delta, slots, t):
+    """For rules.Custom."""
+    assert center.ndim == delta.ndim == slots["velocity"].ndim == 1
+    assert t > 1 or not slots["velocity"].any()
+    slots["velocity"] *= center.dtype.type(0.5)
+    slots["velocity"] += delta
+    center += center.dtype.type(0.3) * slots["velocity"]
+    delta[:] = 0  # ours to write to
+
+
 RULES = [
     rules.Add(),
     rules.Add(0.3),
@@ -32,12 +43,17 @@ RULES = [
     rules.Add(staleness="inverse"),
     rules.SGD(0.5, 0.9, staleness="sqrt"),
     rules.Elastic(0.5, staleness="inverse"),
+    rules.Add(gap_aware=True),
+    rules.Adam(0.1, gap_aware=True, staleness="sqrt"),
+    rules.Custom(heavy_ball, ("velocity",)),
+    rules.Custom(heavy_ball, ("velocity",), gap_aware=True, staleness="inverse"),
 ]
 FEW_RULES = [
     rules.Add(),
     rules.SGD(0.7, 0.9, nesterov=True),
     rules.Adam(0.1, bias_correction="tf_contrib", staleness="sqrt"),
     rules.Elastic(0.3),
+    rules.Custom(heavy_ball, ("velocity",), gap_aware=True),
 ]
 
 
@@ -53,13 +69,19 @@ class ReferenceCenter:
             for slot in self.slots.get(name, []):
                 slot += slot.dtype.type(getattr(self.rule, start))
 
-    def push(self, index, delta, lr, power):
-        """One array's part of a push; ``lr`` and ``power`` are the worker's."""
+    def push(self, index, delta, lr, power, anchor):
+        """One array's part of a push; ``lr``, ``power`` and ``anchor`` are the worker's."""
         c = self.center[index]
         slots = {name: arrays[index] for name, arrays in self.slots.items()}
         h = self.rule
         lr = lr if h.follows else getattr(h, "lr", None)
+        before, T = c.copy(), c.dtype.type
+        if h.gap_aware and self.pushes:
+            typical = np.sqrt(slots["moved_sq"] / T(1 - 0.999**self.pushes)) + T(1e-12)
+            delta = delta / (1 + np.abs(wide(c.astype(anchor.dtype)) - wide(anchor)) / typical)
         UPDATES[type(h)](c, delta, slots, h, self.pushes + 1, lr, power)
+        if h.gap_aware:
+            slots["moved_sq"] += T(1 - 0.999) * ((c - before) ** 2 - slots["moved_sq"])
 
 
 def add(c, delta, slots, h, t, lr, power):
@@ -154,6 +176,9 @@ UPDATES = {
     rules.RMSprop: rmsprop,
     rules.Lion: lion,
     rules.DelayedNesterov: delayed_nesterov,
+    rules.Custom: lambda c, delta, slots, h, t, lr, power: h.fn(
+        c.reshape(-1), delta.copy().reshape(-1), {name: slots[name].reshape(-1) for name in h.slots}, t
+    ),
 }
 
 
@@ -189,7 +214,7 @@ class ReferenceClient:
                 c += move
             else:
                 delta = (wide(theta) - wide(anchor)) / T(steps) * T(self.weight())
-                self.center.push(i, delta, lr, self.power)
+                self.center.push(i, delta, lr, self.power, anchor)
                 theta[...] = c.astype(theta.dtype)
             anchor[...] = theta
         self.center.pushes += 1
