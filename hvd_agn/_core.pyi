@@ -2,7 +2,7 @@
 Native core of hvd_agn. Private: use hvd_agn.Center or hvd_agn.torch.AGNOptimizer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated
 
@@ -35,6 +35,11 @@ class Comm:
     def barrier(self, what: str) -> None: ...
 
     def free(self) -> None: ...
+
+class Function:
+    """What a custom rule does to a piece of a block."""
+
+    def __init__(self, function: Callable, name: str, slots: Sequence[str]) -> None: ...
 
 class Rule:
     """A rule's kind and hyper-parameters, by name."""

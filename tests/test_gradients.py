@@ -26,6 +26,7 @@ class Worker:
     def __init__(self, centers, dtypes):
         self.centers, self.power = centers, 0
         self.arrays = [c.center[0].astype(t) for c, t in zip(centers, dtypes, strict=True)]
+        self.anchors = [a.copy() for a in self.arrays]
         self.sums = [np.zeros_like(c.center[0]) for c in centers]
         self.touched = [False] * len(centers)
         self.seen = [c.pushes for c in centers]
@@ -46,11 +47,11 @@ class Worker:
             T = self.sums[i].dtype.type
             missed = center.pushes - self.seen[i]
             weight = {"none": 1.0, "inverse": 1 / (missed + 1), "sqrt": 1 / np.sqrt(missed + 1)}[center.rule.staleness]
-            center.push(0, -(self.sums[i] / T(steps)) * T(weight), None, self.power)
+            center.push(0, -(self.sums[i] / T(steps)) * T(weight), None, self.power, self.anchors[i])
             center.pushes += 1
             self.seen[i] = center.pushes
             self.sums[i][...] = 0
-            taken[i] = center.center[0].astype(self.arrays[i].dtype)
+            taken[i] = self.anchors[i] = center.center[0].astype(self.arrays[i].dtype)
         self.touched = [False] * len(self.centers)
         return taken
 

@@ -124,7 +124,8 @@ def interleave_all(how, folder):
 
     def drive(host):
         for rule in RULES if how == "asleep" else FEW_RULES:
-            for dtypes in (["f4"] * 7, ["f8"] * 7, ["f2"] * 7, DTYPES):
+            # With gap_aware a host remembers a block as float32 if it is not all of one half type.
+            for dtypes in (["f4"] * 7, ["f8"] * 7, ["f2"] * 7, *([] if rule.gap_aware else [DTYPES])):
                 interleave(host, rule, dtypes)
 
     return at_a_worker(folder, drive, how=how)
