@@ -82,17 +82,15 @@ def exchange(params: int, ranks: Sequence[int], transport: str) -> list[dict[str
     return [run_job(n, {"params": params, "center": {"transport": transport}}) for n in ranks]
 
 
-def run_job(
-    ranks: int, options: dict[str, Any], hosts: "EmulatedHosts | None" = None, env: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """:func:`exchange_rank` on every rank, with these variables set; rank 0's result.
+def run_job(ranks: int, options: dict[str, Any], hosts: "EmulatedHosts | None" = None) -> dict[str, Any]:
+    """:func:`exchange_rank` on every rank; rank 0's result.
 
     Raises:
         AGNError: the run failed; the message has its output.
     """
     command = [sys.executable, "-m", "hvd_agn.bench", json.dumps(options)]
     try:
-        done = run_ranks(ranks, command, timeout=600, hosts=hosts, env=env)
+        done = run_ranks(ranks, command, timeout=600, hosts=hosts)
     except subprocess.TimeoutExpired as late:
         raise AGNError(f"the run on {ranks} ranks took over {late.timeout} s: {late.stderr!s}") from None
     if done.returncode != 0:
@@ -150,7 +148,6 @@ def exchange_rank(options: dict[str, Any]) -> None:
         result = {
             "ranks": comm.size,
             "params": params,
-            "ring": config.RING_BLOCKS.read(),
             "limit_ms": 1e3 * min(limit[1:]),
             "exchange_ms": 1e3 * slowest,
             "per_exchange_ms": 1e3 * sum(spans[1:]) / (rounds * EXCHANGES_PER_ROUND * (comm.size - len(idle))),

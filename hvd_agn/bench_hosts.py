@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from . import bench, config
+from . import bench
 from .hosts import EmulatedHosts
 
 RATE = "1gbit"
@@ -12,7 +12,6 @@ COLUMNS: bench.Columns = (
     ("hosts", "hosts", "{:d}"),
     ("workers", "workers", "{:d}"),
     ("shards", "shards", "{:d}"),
-    ("ring", "ring", "{:d}"),
     ("wire", "wire", "{}"),
     ("link", "link", "{}"),
     ("exchange_ms", "exchange", "{:.0f}"),
@@ -40,8 +39,7 @@ def run(params: int) -> list[dict[str, Any]]:
         rows.append(_row(hosts, params, 2, link=RATE, overlap=True))
         rows += [_row(hosts, params, 4, link=RATE, shards=shards) for shards in ([0], [0, 2])]
     with EmulatedHosts(6, rate=RATE) as hosts:  # two that only host, four that only train
-        for ring in (config.RING_BLOCKS.default, 32):
-            rows += [_row(hosts, params, 6, link=RATE, shards=s, idle=[0, 1], ring=ring) for s in ([0], [0, 1])]
+        rows += [_row(hosts, params, 6, link=RATE, shards=shards, idle=[0, 1]) for shards in ([0], [0, 1])]
     return rows
 
 
@@ -55,14 +53,13 @@ def _row(
     shards: list[int] | None = None,
     overlap: bool = False,
     idle: Sequence[int] = (),
-    ring: int = config.RING_BLOCKS.default,
 ) -> dict[str, Any]:
     fast = link != RATE
     hosted_by = shards or [0]
     center = {"center_ranks": hosted_by, "wire_dtype": wire, "overlap": overlap}
     rounds, alone = bench.ROUNDS if fast else 1, not fast or overlap
     options = {"params": params, "center": center, "rounds": rounds, "alone": alone, "idle": list(idle)}
-    found = bench.run_job(ranks, options, hosts, {config.RING_BLOCKS.name: str(ring)})
+    found = bench.run_job(ranks, options, hosts)
     found |= {
         "what": "overlap" if overlap else "exchange",
         "hosts": len(hosts.names),

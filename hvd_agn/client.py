@@ -141,7 +141,8 @@ class Client:
             refused = exchange(native)
         except RuleError as error:
             raise RuleError(
-                f"{self._center.label}: {error}. The blocks concerned stay as they were; the next exchange pushes to them."
+                f"{self._center.label}: {error}. The blocks concerned stay as they were; what was to be pushed to them "
+                "goes into the next exchange."
             ) from None
         if refused < 0:
             self._warn_of_refused_blocks(native.blocks_refused)

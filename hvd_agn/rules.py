@@ -390,8 +390,8 @@ class Custom(Rule):
 
     ``fn(center, delta, slots, t)`` is called for every piece of an array that lies in one block (256 KiB, unless
     ``HVD_AGN_BLOCK_BYTES`` says otherwise), under the block's lock: by the worker that pushes, or, for workers on other
-    nodes, in the host's process, in a thread of its own that waits for the GIL. All are one-dimensional, of the center's
-    type, and valid during the call only:
+    nodes, in the host's process, in a thread of its own that waits for the GIL. All arrays are one-dimensional, of the
+    center's type, and valid during the call only:
 
     * ``center``: its values, to be changed in place;
     * ``delta``: the mean update, after ``staleness``, ``gap_aware`` and ``clip_norm``; it may be written over;
