@@ -239,8 +239,8 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: with ``on_nonfinite="raise"``.
-            StallError, MPIError, RuleError: of this exchange, or with ``overlap`` of one in the background; steps that were not
-                pushed are part of the next exchange.
+            StallError, MPIError, RuleError: of this exchange, or with ``overlap`` of one in the background; steps that
+                were not pushed are part of the next exchange.
             LayoutError: a parameter has changed its shape, type or ties, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
