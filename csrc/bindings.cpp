@@ -190,9 +190,9 @@ Rule rule_of(const std::string& kind, const nb::dict& hyper) {
                                       "rmsprop", "lion", "delayed_nesterov", "elastic", "custom"};
   static const char* const by_staleness[] = {"none", "inverse", "sqrt"};
   static const std::map<std::string, bool Rule::*> flags = {
-      {"nesterov", &Rule::nesterov},  {"decoupled", &Rule::decoupled},   {"tf_contrib", &Rule::tf_contrib},
-      {"centered", &Rule::centered},  {"eps_inside", &Rule::eps_inside}, {"follow", &Rule::follow},
-      {"gap_aware", &Rule::gap_aware}};
+      {"nesterov", &Rule::nesterov}, {"decoupled", &Rule::decoupled}, {"own_count", &Rule::own_count},
+      {"eps_hat", &Rule::eps_hat},   {"centered", &Rule::centered},   {"eps_inside", &Rule::eps_inside},
+      {"follow", &Rule::follow},     {"gap_aware", &Rule::gap_aware}};
   static const std::map<std::string, double Rule::*> numbers = {
       {"scale", &Rule::scale},         {"lr", &Rule::lr},          {"weight_decay", &Rule::weight_decay},
       {"momentum", &Rule::momentum},   {"beta1", &Rule::beta1},    {"dampening", &Rule::dampening},

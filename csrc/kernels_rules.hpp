@@ -55,6 +55,13 @@ struct Momentum : Descent<T> {
   }
 };
 
+inline float root(float value) {
+  return __builtin_sqrtf(value);
+}
+inline double root(double value) {
+  return __builtin_sqrt(value);
+}
+
 /// Slots: exp_avg, exp_avg_sq.
 template <class T>
 struct Adam : Descent<T> {
@@ -66,13 +73,13 @@ struct Adam : Descent<T> {
         from_gradient(static_cast<T>(1 - rule.beta1)),
         from_square(static_cast<T>(1 - rule.beta2)),
         eps(static_cast<T>(rule.eps)) {
-    const double t = rule.tf_contrib ? push.power : static_cast<double>(push.version + 1);
+    const double t = rule.own_count ? push.power : static_cast<double>(push.version + 1);
     const double correction1 = 1 - __builtin_pow(rule.beta1, t);
     const double correction2 = __builtin_sqrt(1 - __builtin_pow(rule.beta2, t));
-    // tf: lr * correction2 / correction1 * m / (sqrt(v) + eps). torch: lr / correction1 * m / (sqrt(v) / correction2 +
-    // eps).
-    step = static_cast<T>(this->rate * (rule.tf_contrib ? correction2 : 1) / correction1);
-    scale = static_cast<T>(rule.tf_contrib ? 1 : 1 / correction2);
+    // lr / correction1 * m / (sqrt(v) / correction2 + eps), or with epsilon hat lr * correction2 / correction1 * m /
+    // (sqrt(v) + eps).
+    step = static_cast<T>(this->rate * (rule.eps_hat ? correction2 : 1) / correction1);
+    scale = static_cast<T>(rule.eps_hat ? 1 : 1 / correction2);
     if (rule.decoupled) {
       keep = static_cast<T>(1 - this->rate * rule.weight_decay);
       this->weight_decay = T(0);
@@ -84,22 +91,30 @@ struct Adam : Descent<T> {
     slots[1] = slots[1] + from_square * (gradient * gradient - slots[1]);
     return keep * center - step * slots[0] / (root(slots[1]) * scale + eps);
   }
-  static float root(float value) { return __builtin_sqrtf(value); }
-  static double root(double value) { return __builtin_sqrt(value); }
+};
+
+/// sqrt(square) + eps, or sqrt(square + eps).
+template <class T>
+struct Denominator {
+  T inside, outside;
+  explicit Denominator(const Rule& rule)
+      : inside(static_cast<T>(rule.eps_inside ? rule.eps : 0)),
+        outside(static_cast<T>(rule.eps_inside ? 0 : rule.eps)) {}
+  T operator()(T square) const { return root(square + inside) + outside; }
 };
 
 /// Slot: sum of squares.
 template <class T>
 struct Adagrad : Descent<T> {
   static constexpr int kSlots = 1;
-  T eps;
-  Adagrad(const Rule& rule, const Push& push) : Descent<T>(rule, push), eps(static_cast<T>(rule.eps)) {
+  Denominator<T> denominator;
+  Adagrad(const Rule& rule, const Push& push) : Descent<T>(rule, push), denominator(rule) {
     this->lr = static_cast<T>(this->rate / (1 + static_cast<double>(push.version) * rule.lr_decay));
   }
   T operator()(T center, T delta, T* slots) const {
     const T gradient = this->gradient(center, delta);
     slots[0] = slots[0] + gradient * gradient;
-    return center - this->lr * gradient / (Adam<T>::root(slots[0]) + eps);
+    return center - this->lr * gradient / denominator(slots[0]);
   }
 };
 
@@ -107,13 +122,13 @@ struct Adagrad : Descent<T> {
 template <bool kCentered, bool kMomentum, class T>
 struct Rmsprop : Descent<T> {
   static constexpr int kSlots = 1 + kCentered + kMomentum;
-  T from_gradient, momentum, eps_inside, eps_outside;
+  T from_gradient, momentum;
+  Denominator<T> denominator;
   Rmsprop(const Rule& rule, const Push& push)
       : Descent<T>(rule, push),
         from_gradient(static_cast<T>(1 - rule.beta2)),
         momentum(static_cast<T>(rule.momentum)),
-        eps_inside(static_cast<T>(rule.eps_inside ? rule.eps : 0)),
-        eps_outside(static_cast<T>(rule.eps_inside ? 0 : rule.eps)) {}
+        denominator(rule) {}
   T operator()(T center, T delta, T* slots) const {
     const T gradient = this->gradient(center, delta);
     slots[0] = slots[0] + from_gradient * (gradient * gradient - slots[0]);
@@ -123,7 +138,7 @@ struct Rmsprop : Descent<T> {
       square = square - slots[1] * slots[1];
       square = square > T(0) ? square : T(0);  // rounding may take it below
     }
-    T step = gradient / (Adam<T>::root(square + eps_inside) + eps_outside);
+    T step = gradient / denominator(square);
     if constexpr (kMomentum) step = slots[kSlots - 1] = momentum * slots[kSlots - 1] + step;
     return center - this->lr * step;
   }

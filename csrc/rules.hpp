@@ -28,9 +28,10 @@ struct Rule {
   Staleness staleness = Staleness::none;
   bool nesterov = false;    // momentum
   bool decoupled = false;   // adam: decay as AdamW
-  bool tf_contrib = false;  // adam: bias correction with the worker's own count, and epsilon outside it
+  bool own_count = false;   // adam: bias correction with the worker's own count
+  bool eps_hat = false;     // adam: epsilon is added to sqrt(v) before its correction
   bool centered = false;    // rmsprop
-  bool eps_inside = false;  // rmsprop: sqrt(square_avg + eps)
+  bool eps_inside = false;  // adagrad, rmsprop: sqrt(square + eps)
   bool follow = false;      // the learning rate comes with the push
   bool gap_aware = false;   // a delta counts less where the center has moved far since its worker pulled
   double scale = 1;         // add; elastic: alpha

@@ -19,7 +19,7 @@ from . import _core
 from .errors import ConfigError
 
 STALENESS = ("none", "inverse", "sqrt")
-BIAS_CORRECTIONS = ("torch", "tf_contrib")
+BIAS_CORRECTIONS = ("torch", "keras", "tf_contrib")
 FOLLOW = "follow"
 _MOVED = "moved_sq"  # the slot of gap_aware
 
@@ -172,9 +172,10 @@ class Adam(Rule):
         betas: of m and v, each from 0 to below 1.
         eps: above 0.
         weight_decay: L2 factor, at least 0.
-        bias_correction: ``"torch"``: as above. ``"tf_contrib"``: what ``tf.contrib.opt.AGNOptimizer`` did, for
-            comparisons with it: instead of ``t`` the steps and the pushes of the pushing worker alone, and ``eps``
-            added to ``sqrt(v)`` before the correction.
+        bias_correction: ``"torch"``: as above. ``"keras"``: ``eps`` is added to ``sqrt(v)`` before the correction, as
+            Keras' Adam has it and the paper before section 2.1 (epsilon hat). ``"tf_contrib"``: what
+            ``tf.contrib.opt.AGNOptimizer`` did, for comparisons with it: as ``"keras"``, and instead of ``t`` the steps
+            and the pushes of the pushing worker alone.
     """
 
     _slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -197,8 +198,12 @@ class Adam(Rule):
             raise ConfigError(f"{self._label}: bias_correction={self.bias_correction!r}: give one of {choices}.")
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
-        correction = {"tf_contrib": self.bias_correction == "tf_contrib", "decoupled": self._decoupled}
-        return "adam", _hyper(self, "betas", "bias_correction") | correction
+        flags = {
+            "own_count": self.bias_correction == "tf_contrib",
+            "eps_hat": self.bias_correction != "torch",
+            "decoupled": self._decoupled,
+        }
+        return "adam", _hyper(self, "betas", "bias_correction") | flags
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,6 +231,7 @@ class Adagrad(Rule):
         weight_decay: L2 factor, at least 0.
         initial_accumulator_value: of ``sum``, at least 0. TensorFlow's default is 0.1, with ``eps=0``.
         eps: at least 0, and above 0 if ``initial_accumulator_value`` is 0.
+        eps_inside_root: ``sqrt(sum + eps)``, as Keras has it, instead of ``sqrt(sum) + eps``.
     """
 
     _slots: ClassVar[tuple[str, ...]] = ("sum",)
@@ -235,19 +241,21 @@ class Adagrad(Rule):
     weight_decay: float = 0.0
     initial_accumulator_value: float = 0.0
     eps: float = 1e-10
+    eps_inside_root: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _learning_rate(self)
         _finite(self, "lr_decay", "weight_decay", "initial_accumulator_value", "eps", least=0)
+        _flags(self, "eps_inside_root")
         if self.eps == 0 and self.initial_accumulator_value == 0:
             raise ConfigError(
                 "rules.Adagrad: eps=0 divides 0 by 0 where a gradient is 0: give initial_accumulator_value."
             )
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
-        hyper = _hyper(self)
-        return "adagrad", hyper | {"initial": hyper.pop("initial_accumulator_value")}
+        renamed = {"eps_inside": "eps_inside_root", "initial": "initial_accumulator_value"}
+        return "adagrad", _hyper(self, **renamed)
 
 
 @dataclass(frozen=True, repr=False)
@@ -267,7 +275,7 @@ class RMSprop(Rule):
         weight_decay: L2 factor, at least 0.
         momentum: at least 0.
         centered: divide by the deviation from the mean gradient.
-        eps_inside_root: ``sqrt(s + eps)``, as TensorFlow has it, instead of ``sqrt(s) + eps``.
+        eps_inside_root: ``sqrt(s + eps)``, as TensorFlow and Keras have it, instead of ``sqrt(s) + eps``.
         initial_square_avg: of ``s``, at least 0. It is 1 in TensorFlow 1.
     """
 
@@ -294,9 +302,8 @@ class RMSprop(Rule):
         return tuple(slot for slot, on in zip(self._slots, (True, self.centered, self.momentum), strict=True) if on)
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
-        hyper = _hyper(self)
         renamed = {"beta2": "alpha", "eps_inside": "eps_inside_root", "initial": "initial_square_avg"}
-        return "rmsprop", hyper | {new: hyper.pop(old) for new, old in renamed.items()}
+        return "rmsprop", _hyper(self, **renamed)
 
 
 @dataclass(frozen=True, repr=False)
@@ -514,10 +521,11 @@ def _flags(rule: Rule, *names: str) -> None:
         object.__setattr__(rule, name, bool(value))
 
 
-def _hyper(rule: Any, *others: str) -> dict[str, Any]:
-    """The rule's own fields by name, but for ``others``; ``betas`` as the core has them."""
-    modifiers = {field.name for field in dataclasses.fields(Rule)}
-    hyper = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if f.name not in {*modifiers, *others}}
+def _hyper(rule: Any, *others: str, **renamed: str) -> dict[str, Any]:
+    """The rule's own fields by name, but for ``others``; ``betas`` and those ``renamed`` as the core has them."""
+    left_out = {field.name for field in dataclasses.fields(Rule)} | {*others, *renamed.values()}
+    hyper = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule) if f.name not in left_out}
+    hyper |= {new: getattr(rule, old) for new, old in renamed.items()}
     return hyper | (dict(zip(("beta1", "beta2"), rule.betas, strict=True)) if "betas" in others else {})
 
 

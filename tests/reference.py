@@ -28,10 +28,12 @@ RULES = [
     rules.SGD(0.5, 0.8, dampening=0.3, weight_decay=0.1),
     rules.Adam(0.1),
     rules.Adam(0.1, (0.5, 0.6), eps=1e-3, weight_decay=0.1),
+    rules.Adam(0.1, eps=1e-3, bias_correction="keras"),
     rules.Adam(0.1, bias_correction="tf_contrib"),
     rules.AdamW(0.1),
     rules.Adagrad(0.3),
     rules.Adagrad(0.3, lr_decay=0.5, weight_decay=0.1, initial_accumulator_value=0.1, eps=0.0),
+    rules.Adagrad(0.3, eps=1e-3, eps_inside_root=True),
     rules.RMSprop(0.1),
     rules.RMSprop(0.1, 0.9, weight_decay=0.1, momentum=0.5),
     rules.RMSprop(0.1, centered=True),
@@ -109,10 +111,9 @@ def adam(c, delta, slots, h, t, lr, power):
     m, v = slots["exp_avg"], slots["exp_avg_sq"]
     m += T(1 - h.betas[0]) * (g - m)
     v += T(1 - h.betas[1]) * (g * g - v)
-    theirs = h.bias_correction == "tf_contrib"
-    n = float(power if theirs else t)
+    n = float(power if h.bias_correction == "tf_contrib" else t)
     first, root_of_second = 1 - h.betas[0] ** n, np.sqrt(1 - h.betas[1] ** n)
-    if theirs:
+    if h.bias_correction in ("keras", "tf_contrib"):
         step, denominator = T(lr * root_of_second / first), np.sqrt(v) + T(h.eps)
     else:
         step, denominator = T(lr / first), np.sqrt(v) * T(1 / root_of_second) + T(h.eps)
@@ -125,7 +126,7 @@ def adagrad(c, delta, slots, h, t, lr, power):
     T = c.dtype.type
     g = -delta + T(h.weight_decay) * c
     slots["sum"] += g * g
-    c -= T(lr / (1 + (t - 1) * h.lr_decay)) * g / (np.sqrt(slots["sum"]) + T(h.eps))
+    c -= T(lr / (1 + (t - 1) * h.lr_decay)) * g / root(slots["sum"], h)
 
 
 def rmsprop(c, delta, slots, h, t, lr, power):
@@ -136,13 +137,17 @@ def rmsprop(c, delta, slots, h, t, lr, power):
     if h.centered:
         slots["grad_avg"] += T(1 - h.alpha) * (g - slots["grad_avg"])
         square = np.maximum(square - slots["grad_avg"] * slots["grad_avg"], T(0))
-    root = np.sqrt(square + T(h.eps)) if h.eps_inside_root else np.sqrt(square) + T(h.eps)
-    step = g / root
+    step = g / root(square, h)
     if h.momentum:
         slots["momentum_buffer"] *= T(h.momentum)
         slots["momentum_buffer"] += step
         step = slots["momentum_buffer"]
     c -= T(lr) * step
+
+
+def root(square, h):
+    eps = square.dtype.type(h.eps)
+    return np.sqrt(square + eps) if h.eps_inside_root else np.sqrt(square) + eps
 
 
 def lion(c, delta, slots, h, t, lr, power):

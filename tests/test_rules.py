@@ -224,7 +224,10 @@ def test_like_with_changes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (torch.optim.LBFGS, r"knows torch.optim's SGD, Adam, AdamW, Adagrad, RMSprop, not LBFGS. Name the rule"),
+        (
+            torch.optim.LBFGS,
+            r"knows torch.optim's SGD, Adam, AdamW, Adagrad, RMSprop, not LBFGS. Name the rule",
+        ),
         (lambda p: "sgd", "not str. Name the rule yourself"),
         (lambda p: torch.optim.Adam(p, amsgrad=True), "no rule has Adam's amsgrad=True"),
         (lambda p: torch.optim.SGD(p, maximize=True), "no rule has SGD's maximize=True"),
@@ -276,12 +279,13 @@ def test_without_normalisation_the_warning_counts_all_steps():
         (lambda: rules.Adam(lr="auto"), "rules.Adam: lr='auto': give a number, or 'follow'"),
         (lambda: rules.AdamW(lr=-1), "rules.AdamW: lr=-1: give a number at least 0"),
         (lambda: rules.Adam(eps=float("inf")), "rules.Adam: eps=inf: give a finite number, above 0"),
-        (lambda: rules.Adam(bias_correction="tf"), "bias_correction='tf': give one of torch, tf_contrib"),
+        (lambda: rules.Adam(bias_correction="tf"), "bias_correction='tf': give one of torch, keras, tf_contrib"),
         (lambda: rules.RMSprop(alpha=1), "rules.RMSprop: alpha=1: give a number at least 0 and below 1"),
         (lambda: rules.DelayedNesterov(0.1, 0.9, 0), "rules.DelayedNesterov: every=0: give a whole number of pushes"),
         (lambda: rules.DelayedNesterov(0.1, 0.9, 2.0), "every=2.0: give a whole number of pushes"),
         (lambda: rules.Adam(eps=0), "rules.Adam: eps=0: give a number above 0"),
         (lambda: rules.Adagrad(eps=0), "eps=0 divides 0 by 0 where a gradient is 0: give initial_accumulator_value"),
+        (lambda: rules.Adagrad(eps_inside_root=2), "rules.Adagrad: eps_inside_root=2: give True or False"),
         (lambda: rules.SGD(0.1, 0.9, 0.2), "rules.SGD: nesterov=0.2: give True or False"),
         (lambda: presets.easgd(0), "workers=0: give a whole number of workers"),
         (lambda: rules.like(torch.optim.SGD(parameters(), 0.1), eps=1), r"SGD has no eps. It is SGD\(.*lr, momentum"),
