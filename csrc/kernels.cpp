@@ -152,7 +152,7 @@ void damp_by_gap(const Piece& p, std::size_t moved, T sum_of_weights) {
     V as_received;
     narrow(in[i], &as_received);
     const T gap = wide(as_received) - wide(anchor[i]);
-    delta[i] /= T(1) + (gap < T(0) ? -gap : gap) / (Adam<T>::root(squares[i] / sum_of_weights) + kTiny);
+    delta[i] /= T(1) + (gap < T(0) ? -gap : gap) / (root(squares[i] / sum_of_weights) + kTiny);
   }
 }
 
