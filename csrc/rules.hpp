@@ -1,5 +1,5 @@
 // What the center does with a pushed delta. Each rule is a pure function of one element and its slots; kernels.cpp
-// makes a loop of it. hvd_agn/rules.py has the equations and their sources.
+// makes a loop of it. hvd_agn/rules/kinds.py has the equations and their sources.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace hvd_agn {
 
 class Function;
 
-/// A rule with its hyper-parameters, as hvd_agn/rules.py describes them.
+/// A rule with its hyper-parameters, as hvd_agn/rules/kinds.py describes them.
 struct Rule {
   enum class Kind : std::uint8_t {
     add,
