@@ -126,7 +126,7 @@ class PythonFunction : public Function {
  public:
   PythonFunction(nb::callable function, std::string name, std::vector<std::string> slots)
       : function_(std::move(function)), name_(std::move(name)), slots_(std::move(slots)) {}
-  std::size_t slots() const { return slots_.size(); }
+  int slots() const override { return static_cast<int>(slots_.size()); }
 
   void apply(DType center, std::byte* delta, std::byte* out, std::size_t slot_stride, std::size_t count,
              std::uint64_t t) const override {
@@ -139,13 +139,25 @@ class PythonFunction : public Function {
       nb::dict slots;
       for (std::size_t s = 0; s < slots_.size(); ++s) slots[slots_[s].c_str()] = view(out + (s + 1) * slot_stride);
       function_(view(out), view(delta), slots, t);
-    } catch (const nb::python_error& error) {
-      throw RuleError(concat(name_, " raised ", nb::cast<std::string>(error.type().attr("__name__")), ": ",
-                             nb::str(error.value()).c_str()));
+    } catch (nb::python_error& error) {
+      if (!error.matches(PyExc_Exception)) throw;  // Ctrl-C, SystemExit
+      throw RuleError(concat(name_, " raised ", nb::type_name(error.type()).c_str(), text_of(error.value())));
+    } catch (const std::exception& error) {
+      throw RuleError(concat(name_, " failed: ", error.what()));
     }
   }
 
  private:
+  /// An exception's own text, if it has one that can be had.
+  static std::string text_of(nb::handle exception) {
+    PyObject* text = PyObject_Str(exception.ptr());
+    const char* bytes = text ? PyUnicode_AsUTF8(text) : nullptr;
+    const std::string result = bytes ? concat(": ", bytes) : "";
+    PyErr_Clear();
+    Py_XDECREF(text);
+    return result;
+  }
+
   nb::callable function_;
   std::string name_;
   std::vector<std::string> slots_;
@@ -220,7 +232,7 @@ Rule rule_of(const std::string& kind, const nb::dict& hyper) {
     else
       throw nb::key_error(name.c_str());
   }
-  if (rule.function) rule.function_slots = static_cast<int>(static_cast<const PythonFunction*>(rule.function)->slots());
+  if (rule.function) rule.function_slots = rule.function->slots();
   return rule;
 }
 
@@ -355,7 +367,7 @@ void bind_client(nb::module_& m) {
       .def_prop_ro("ready", &Client::ready)
       .def(
           "finish", [](Client& self) { return refusal(self.finish()); }, Release(), "As exchange().")
-      .def_prop_ro("owes", &Client::owes)
+      .def_prop_ro("owes", &Client::owes, Release())
       .def("pull", &Client::pull, Release())
       .def("forget", &Client::forget, Release())
       .def("peek", &Client::peek, Release())

@@ -59,6 +59,7 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
     for (const auto& [begin, end] : center_->remote()) residual_bytes_ += (end - begin) * layout.block_bytes();
     residual_.reset(new std::byte[residual_bytes_]());
     rounded_.resize(layout.block_bytes());
+    if (center_->rule().kind == Rule::Kind::custom) residual_before_.reset(new std::byte[residual_bytes_]());
   }
   if (options_.gradients) make_sums();
   if (center_->rule().staged()) staged_.resize(layout.block_bytes());
@@ -214,6 +215,7 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   }
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   next_range_ = Range::normal;
+  failure_.clear();
   Mailbox* mailbox = center_->mailbox();
   Push push;
   push.steps = clipped(steps);
@@ -233,7 +235,7 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
     if (mailbox) mailbox->begin(transfer);
     for (const auto& shard : center_->shards()) exchange_shard(*shard, push);
     if (mailbox) mailbox->wait(transfer);
-    HVD_AGN_EXPECTS(transfer.failure().empty(), RuleError, transfer.failure());
+    HVD_AGN_EXPECTS(failure_.empty(), RuleError, failure_);
   } catch (...) {
     if (mailbox) mailbox->cancel(transfer);
     throw;
@@ -269,8 +271,14 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
   const std::uint64_t version = block.version();
   push.version = version;
   push.weight = center_->rule().weight(version > seen_[index] ? version - seen_[index] : 0);
-  Range range =
-      center_->rule().staged() ? push_staged(shard, block, index, push) : push_fused(shard, block, index, push);
+  Range range = Range::normal;
+  try {
+    range = center_->rule().staged() ? push_staged(shard, block, index, push) : push_fused(shard, block, index, push);
+  } catch (const RuleError& error) {  // the other blocks are exchanged all the same
+    const std::lock_guard<std::mutex> lock(counts_mutex_);
+    if (failure_.empty()) failure_ = error.what();
+    return;
+  }
   const bool refused = range == Range::nonfinite;
   if (refused)  // the rule overflowed: the block stays as it was, and this worker takes it over
     range = copy_block(index, block.data(), shard.slot_stride(), !from_snapshot_, true);
@@ -300,6 +308,7 @@ Range Client::push_staged(Shard& shard, const Shard::Block& block, std::size_t i
   const Rule& rule = center_->rule();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
+    if (part != layout.begin(index)) reach(Stage::half_written, index);
     if (!active(*part, false)) {
       keep_part(layout, *part, rule.slots(), shard.slot_stride(), block.data(), block.spare());
       continue;
@@ -502,8 +511,8 @@ Stats Client::stats() const {
 }
 
 std::size_t Client::extra_bytes() const {
-  return (anchor_bytes_ + sum_bytes_) * (options_.overlap ? 2 : 1) + residual_bytes_ + rounded_.size() +
-         center_->mailbox_bytes() + whole_.capacity() + progress_.capacity() +
+  return (anchor_bytes_ + sum_bytes_) * (options_.overlap ? 2 : 1) + residual_bytes_ * (residual_before_ ? 2 : 1) +
+         rounded_.size() + staged_.size() + center_->mailbox_bytes() + whole_.capacity() + progress_.capacity() +
          (seen_.capacity() + busy_.capacity() + offset_.capacity()) * sizeof(std::size_t);
 }
 

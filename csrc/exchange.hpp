@@ -173,6 +173,7 @@ class Client {
   std::vector<std::size_t> busy_;  // blocks put off because another held them
   double power_ = 0;               // steps and pushes so far
   std::vector<std::byte> staged_;  // one block's delta, for a rule that takes several passes over it
+  std::string failure_;            // what the rule's function first failed with, in the exchange under way
 
   std::unique_ptr<std::byte[]> snapshot_;  // with overlap
   bool from_snapshot_ = false;             // the exchange under way is start()'s
@@ -193,9 +194,10 @@ class Client {
   // Of blocks on other nodes, with a wire that rounds.
   std::unique_ptr<std::byte[]> residual_;  // what was rounded away, as images of blocks
   std::size_t residual_bytes_ = 0;
-  std::vector<std::byte> rounded_;   // one block, on its way to the wire
-  std::atomic<bool> owes_{false};    // set in the background too
-  std::vector<std::uint8_t> whole_;  // the host cannot send this block as a difference
+  std::unique_ptr<std::byte[]> residual_before_;  // the same before the push under way, whose function may fail
+  std::vector<std::byte> rounded_;                // one block, on its way to the wire
+  std::atomic<bool> owes_{false};                 // set in the background too
+  std::vector<std::uint8_t> whole_;               // the host cannot send this block as a difference
 
   mutable std::mutex counts_mutex_;     // of all below: this thread's and the mailbox's
   std::vector<std::uint64_t> seen_;     // version of each block as last pulled

@@ -64,6 +64,8 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
   const bool rounds = head.wire != Wire::center;
   std::byte* values = rounds ? c.rounded_.data() : payload;
   std::byte* residual = c.residual(head.block);
+  if (c.residual_before_)
+    std::memcpy(c.residual_before_.get() + (residual - c.residual_.get()), residual, layout.block_bytes());
   for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part)
     c.take_delta(*part, push_.steps, values, residual);
   if (rounds) encode_block(layout, head.block, head.wire, values, payload);
@@ -139,9 +141,15 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
 
 void Client::PushTransfer::answer(const Message& head, const std::byte* payload) {
   if (head.failed) {  // nothing was pushed: it is still in the arrays, or in the sums
-    failure_ = concat("at the host of block ", head.block, ", ",
-                      std::string(reinterpret_cast<const char*>(payload), head.payload_bytes));
+    if (client_.residual_before_) {
+      std::byte* residual = client_.residual(head.block);
+      std::memcpy(residual, client_.residual_before_.get() + (residual - client_.residual_.get()),
+                  client_.center_->layout().block_bytes());
+    }
     const std::lock_guard<std::mutex> lock(client_.counts_mutex_);
+    if (client_.failure_.empty())
+      client_.failure_ = concat("at the host of block ", head.block, ", ",
+                                std::string(reinterpret_cast<const char*>(payload), head.payload_bytes));
     client_.progress_[head.block] = Progress::untouched;
     return;
   }
@@ -156,8 +164,8 @@ void Client::PullTransfer::answer(const Message& head, const std::byte* payload)
 }
 
 void Client::PushTransfer::abandon(std::size_t block) {
-  // The push will count at the center, but this worker will not learn what became of it: what it sent becomes its
-  // anchor, and it asks for the whole block next time.
+  // The push will count at the center, unless a function fails there, but this worker will not learn what became of it:
+  // what it sent becomes its anchor, and it asks for the whole block next time.
   Client& c = client_;
   const Layout& layout = c.center_->layout();
   c.drop_sums(block, true);

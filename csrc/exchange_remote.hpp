@@ -1,8 +1,6 @@
 // The worker's exchange with shards on other nodes: what it asks of each block, and what it does with the answers.
 #pragma once
 
-#include <string>
-
 #include "exchange.hpp"
 
 namespace hvd_agn {
@@ -14,14 +12,11 @@ class Client::PushTransfer : public Transfer {
   void request(Message& head, std::byte* payload) override;
   void answer(const Message& head, const std::byte* payload) override;
   void abandon(std::size_t block) override;
-  /// What the function of a custom rule failed with, if it did; at the end.
-  const std::string& failure() const { return failure_; }
 
  private:
   Client& client_;
   Push push_;
   bool exact_;
-  std::string failure_;
 };
 
 class Client::PullTransfer : public Transfer {

@@ -241,8 +241,10 @@ std::string Mailbox::what_it_does() const {
       return concat("waits in MPI_Win_flush of block ", block, " to rank ", peer,
                     "; that rank is stopped, or the network to it is down");
     case Phase::flush_all:
-      return concat("waits in MPI_Win_flush_all of blocks to several ranks, rank ", peer,
-                    " among them; one of them is stopped, or the network to it is down");
+      return concat("waits in MPI_Win_flush_all, of blocks to rank ", peer,
+                    " and others; a rank that this one exchanges with is stopped, or the network to it is down");
+    case Phase::answer:
+      return concat("works on block ", block, " for rank ", peer, ": in the rule's function, or waits for the GIL");
     case Phase::wait:
       return concat("waits for rank ", peer, " to answer block ", block, "; that rank is stopped or starved");
   }
@@ -374,6 +376,7 @@ bool Mailbox::serve_one(Peer& worker) {
   const std::uint64_t before = worker.sent;
   while (worker.sent < requests) {
     Message* message = slot(worker, worker.sent);
+    at(Phase::answer, worker.rank, message->block);
     if (!responder_->respond(worker.index, *message, payload_of(message))) {
       if (!worker.blocked) worker.blocked.emplace(StallLimits{limits_.warn, 0}, rank_);
       worker.blocked->poll([&] {

@@ -152,7 +152,7 @@ class Mailbox {
   bool stopped_ = false;
 
   // What the thread is at, for messages; it may hang there.
-  enum class Phase : int { idle, put, flush, flush_all, wait };
+  enum class Phase : int { idle, put, flush, flush_all, answer, wait };
   class InMpi;
   void at(Phase phase, int peer, std::uint64_t block);
   std::atomic<Phase> phase_{Phase::idle};

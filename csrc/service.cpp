@@ -89,10 +89,12 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
       case Kind::version:
         break;
     }
-  } catch (const RuleError& error) {  // the worker is to hear of it
+  } catch (const std::exception& error) {  // the rule's function, or no memory: the worker is to hear of it
     const std::string text = error.what();
     head.failed = true;
     head.payload_bytes = std::min(text.size(), layout_.block_bytes());
+    while (head.payload_bytes < text.size() && (text[head.payload_bytes] & 0xc0) == 0x80)
+      --head.payload_bytes;  // UTF-8
     std::memcpy(payload, text.data(), head.payload_bytes);
     return true;
   }
@@ -172,7 +174,7 @@ void Service::encode(int worker, Message& head, std::byte* values, std::byte* pa
 std::byte* Service::mirror(int worker, const Message& head) {
   const std::size_t block_bytes = layout_.block_bytes();
   Mirror& found = mirrors_[{worker, head.client}];
-  if (!found) found.reset(new (std::nothrow) std::byte[(shard_->end() - shard_->begin()) * block_bytes]);
+  if (!found) found.reset(new (std::nothrow) std::byte[(shard_->end() - shard_->begin()) * block_bytes]());
   return !found ? nullptr : found.get() + (head.block - shard_->begin()) * block_bytes;
 }
 

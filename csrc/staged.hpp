@@ -13,8 +13,9 @@ namespace hvd_agn {
 class Function {
  public:
   virtual ~Function() = default;
+  virtual int slots() const = 0;
   /// Changes `out`, center and slots as they were before, by a delta of the center's type; `t`: pushes of the block,
-  /// this one among them. RuleError if it cannot; then `out` is not used.
+  /// this one among them. RuleError, or what is no error but an interrupt, if it cannot; then `out` is not used.
   virtual void apply(DType center, std::byte* delta, std::byte* out, std::size_t slot_stride, std::size_t count,
                      std::uint64_t t) const = 0;
 };

@@ -74,8 +74,47 @@ def test_a_function_that_fails_loses_nothing(gradients, overlap):
     failing(Center, gradients, overlap)
 
 
+def raise_without_text(center, delta, slots, t):
+    class Mute(Exception):
+        def __str__(self):
+            raise KeyError
+
+    raise Mute if t == 1 else OSError("\udcff")
+
+
+def fail_without_text(host):
+    theta = np.zeros(5, "f4")
+    center = host.center([theta], rules.Custom(raise_without_text))
+    with pytest.raises(RuleError, match="raise_without_text.* raised .*Mute"):
+        center.exchange(1)
+
+
+def fail_with_a_wire(host):
+    """What had been rounded away before is pushed once, and so is what failed."""
+    theta = np.zeros(BLOCK, "f4")
+    center = host.center([theta], rules.Custom(add_below_100, "seen"), wire_dtype="int8")
+    client = center.arrays_client
+    theta += np.float32(0.3)
+    theta[0] = 90
+    client.exchange(1)  # 0.3 is less than half of 90 / 127
+    for exact in (False, True):
+        theta += np.float32(0.1)
+        theta[0] += 20 if exact else 120
+        with pytest.raises(RuleError, match="too large"):
+            client.exchange(1, exact=exact)
+        assert client.owes
+    theta[0] -= 140
+    client.exchange(1, exact=True)
+    assert not client.owes
+    value = center.snapshot()["array 0"]
+    np.testing.assert_allclose(value[1:], 0.5, rtol=1e-5)
+    np.testing.assert_allclose(value[0], 90, rtol=1e-5)
+
+
 def fail_by_mailbox(folder):
     def drive(host):
+        fail_with_a_wire(host)
+        fail_without_text(host)
         for gradients in (False, True):
             for overlap in (False, True):
                 failing(host.center, gradients, overlap)
@@ -149,6 +188,7 @@ def test_several_clients_and_half_types():
         ((add, ("a b",)), "different names"),
         ((add, ("moved_sq",)), "different names"),
         ((add, (3,)), "different names"),
+        ((add, 3), "different names"),
     ],
 )
 def test_arguments(arguments, message):

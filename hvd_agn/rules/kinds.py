@@ -324,13 +324,14 @@ class Custom(Rule):
     * ``slots``: name -> array, to be changed in place; zero at first;
     * ``t``: pushes of the block, this one among them.
 
-    If it raises, the exchange raises :class:`hvd_agn.errors.RuleError`, the block stays as it was, and what was to be
+    It must not call the center or its clients, and in gradients mode ``delta`` is minus the mean gradient. If it raises,
+    the exchange raises :class:`hvd_agn.errors.RuleError`, the block stays as it was, and what was to be
     pushed to it is pushed by the next exchange. Elements must not depend on each other: where blocks end is no property
     of a model. All ranks need the same function. Several times slower than the rules above.
 
     Args:
         fn: the function.
-        slots: names of the arrays that it keeps at the center.
+        slots: names of the arrays that it keeps at the center, or one name.
     """
 
     fn: Callable[[np.ndarray, np.ndarray, dict[str, np.ndarray], int], object]
@@ -340,7 +341,10 @@ class Custom(Rule):
         super().__post_init__()
         if not callable(self.fn):
             raise ConfigError(f"rules.Custom: fn={self.fn!r}: give a function of (center, delta, slots, t).")
-        slots = (self.slots,) if isinstance(self.slots, str) else tuple(self.slots)
+        try:
+            slots = (self.slots,) if isinstance(self.slots, str) else tuple(self.slots)
+        except TypeError:
+            slots = (None,)  # type: ignore[assignment]
         names = [slot for slot in slots if isinstance(slot, str) and slot.isidentifier() and slot != MOVED]
         if len(set(names)) < len(slots):
             raise ConfigError(f"rules.Custom: slots={self.slots!r}: give different names, such as ('momentum',).")
