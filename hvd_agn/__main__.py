@@ -15,11 +15,12 @@ def main() -> int:
     commands.add_parser("check", help="is everything there that training with hvd_agn needs?")
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     exchange = bench.add_parser("exchange", help="an exchange, against the memory's limit, allreduce, Get_accumulate")
-    exchange.add_argument("--ranks", type=_counts, default=[1, 2, 4], help="rank counts, such as 1,2,4 (the default)")
     exchange.add_argument("--transport", choices=config.TRANSPORTS, default="auto", help="as of Center (default auto)")
     multihost = bench.add_parser("multihost", help="exchanges between two emulated hosts; needs root and iproute2")
     step = bench.add_parser("step", help="a step between exchanges, against the wrapped optimizer's")
     rules = bench.add_parser("rules", help="each rule's exchange, against the memory's limit for it")
+    for each, counts in (exchange, "1,2,4"), (rules, "1,4"):
+        each.add_argument("--ranks", type=_counts, default=counts, help=f"rank counts (default {counts})")
     for each in (exchange, multihost, rules, step):
         each.add_argument("--params", type=int, default=25_000_000, help="float32 parameters (default 25000000)")
         each.add_argument("--json", action="store_true", help="one JSON object per row on stdout, the table on stderr")
@@ -39,7 +40,7 @@ def main() -> int:
         elif arguments.bench == "multihost":
             columns, rows = bench_hosts.COLUMNS, bench_hosts.run(arguments.params)
         elif arguments.bench == "rules":
-            columns, rows = benchmarks.RULES_COLUMNS, benchmarks.all_rules(arguments.params)
+            columns, rows = benchmarks.RULES_COLUMNS, benchmarks.all_rules(arguments.params, arguments.ranks)
         else:
             columns, rows = benchmarks.STEP_COLUMNS, benchmarks.step(arguments.params)
     except AGNError as error:

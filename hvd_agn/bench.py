@@ -48,9 +48,12 @@ EXCHANGE_COLUMNS: Columns = (
 RULES_COLUMNS: Columns = (
     ("name", "rule", "{}"),
     ("slots", "slots", "{:d}"),
+    ("ranks", "ranks", "{:d}"),
     ("limit_ms", "limit", "{:.1f}"),
     ("exchange_ms", "exchange", "{:.1f}"),
+    ("per_exchange_ms", "per exchange", "{:.1f}"),
     ("exchange_over_limit", "exchange/limit", "{:.2f}"),
+    ("per_exchange_over_limit", "per exch./limit", "{:.2f}"),
 )
 BENCHED_RULES = (
     rules.Add(),
@@ -82,6 +85,19 @@ def exchange(params: int, ranks: Sequence[int], transport: str) -> list[dict[str
     return [run_job(n, {"params": params, "center": {"transport": transport}}) for n in ranks]
 
 
+def all_rules(params: int, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """Time each rule's exchange against its pass over private memory, as :func:`exchange` does for ``Add``.
+
+    Raises:
+        AGNError: a run failed; the message has its output.
+    """
+    rows = []
+    for number, rule in enumerate(BENCHED_RULES):
+        row = {"name": type(rule).__name__, "rule": repr(rule), "slots": len(rule.active_slots())}
+        rows += [row | run_job(n, {"params": params, "center": {}, "rule": number, "alone": True}) for n in ranks]
+    return rows
+
+
 def run_job(ranks: int, options: dict[str, Any], hosts: "EmulatedHosts | None" = None) -> dict[str, Any]:
     """:func:`exchange_rank` on every rank; rank 0's result.
 
@@ -103,17 +119,17 @@ def exchange_rank(options: dict[str, Any]) -> None:
     """One rank's part of a job; rank 0 prints the result as JSON.
 
     Args:
-        options: ``params``; ``center``: arguments of :class:`hvd_agn.Center`; ``rounds``; ``alone``: leave out what the
-            exchange is compared with; ``idle``: ranks that do not exchange.
+        options: ``params``; ``center``: arguments of :class:`hvd_agn.Center`; ``rule``: which of ``BENCHED_RULES``;
+            ``rounds``; ``alone``: leave out what the exchange is compared with; ``idle``: ranks that do not exchange.
     """
     MPI = mpi.initialize()
     comm = MPI.COMM_WORLD
     params, rounds, alone = options["params"], options.get("rounds", ROUNDS), options.get("alone", False)
-    idle = options.get("idle", [])
+    rule, idle = BENCHED_RULES[options.get("rule", 0)], options.get("idle", [])
     exchanges = 0 if comm.rank in idle else EXCHANGES_PER_ROUND
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        center = Center([theta := np.zeros(params, np.float32)], **options["center"])
+        center = Center([theta := np.zeros(params, np.float32)], rule, **options["center"])
     summed = np.zeros(0 if alone else params, np.float32)
     naive = None if alone else _HandWritten(MPI, params)
 
@@ -124,7 +140,7 @@ def exchange_rank(options: dict[str, Any]) -> None:
     by_hand: list[float] = []
     for _ in range(rounds + 1):  # the first warms up
         if comm.rank == 0:
-            limit += _core.time_private_pass(params, config.BLOCK_BYTES.read(), 2, rules.Add()._native())[1:]
+            limit += _core.time_private_pass(params, config.BLOCK_BYTES.read(), 2, rule._native())[1:]
         theta += 1.0
         _sleeping_barrier(comm)
         start = time.monotonic()
@@ -198,28 +214,6 @@ class _HandWritten:
 
     def close(self) -> None:
         self._window.Free()
-
-
-def all_rules(params: int) -> list[dict[str, Any]]:
-    """Time each rule's exchange on one rank against its pass over private memory, in turn. Times in ms."""
-    results = []
-    for rule in BENCHED_RULES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            center = Center([theta := np.zeros(params, np.float32)], rule)
-        exchange = functools.partial(center.exchange, PERIOD)
-        limits: list[float] = []
-        own: list[float] = []
-        for _ in range(ROUNDS + 1):  # the first warms up
-            limits.append(min(_core.time_private_pass(params, config.BLOCK_BYTES.read(), 2, rule._native())))
-            theta += 1.0
-            own.append(statistics.median(_timed(exchange) for _ in range(EXCHANGES_PER_ROUND)))
-        center.close()
-        limit_ms, exchange_ms = 1e3 * min(limits[1:]), 1e3 * statistics.median(own[1:])
-        row = {"name": type(rule).__name__, "rule": repr(rule), "slots": len(rule.active_slots()), "params": params}
-        row |= {"limit_ms": limit_ms, "exchange_ms": exchange_ms, "exchange_over_limit": exchange_ms / limit_ms}
-        results.append(row)
-    return results
 
 
 def step(params: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvd_agn import _core, config, launch
+from hvd_agn import _core, bench, config, launch
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,10 +82,16 @@ def test_bench_step():
 
 
 def test_bench_rules():
-    done = hvd_agn("bench", "rules", "--params", "10000")
+    done = hvd_agn("bench", "rules", "--params", "10000", "--ranks", "2", "--json")
     assert done.returncode == 0, done.stderr
-    for name in ("Add", "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Lion", "DelayedNesterov", "Elastic"):
-        assert re.search(rf"{name} +\d +[\d.]+ +[\d.]+ +[\d.]+", done.stdout), name
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [type(rule).__name__ for rule in bench.BENCHED_RULES]
+    assert [(row["name"], row["ranks"]) for row in rows] == [(name, 2) for name in names]
+    for row in rows:
+        assert row["params"] == 10_000
+        for key in ("limit_ms", "exchange_ms", "per_exchange_ms"):
+            assert row[key] > 0
+        assert re.search(rf"{row['name']} +{row['slots']} +{row['ranks']}( +[\d.]+){{5}}$", done.stderr, re.M)
 
 
 def test_bench_says_why_it_cannot_run():
