@@ -55,7 +55,7 @@ class Host:
     def center(self, arrays, rule=None, **options):
         """Made by both ranks, of copies of these arrays at rank 0."""
         options = {**self.defaults, **options}
-        self._post("center", [a.copy() for a in arrays], rule, options)
+        self._post("center", arrays, rule, options)
         self.centers.append(Center(arrays, rule, **options))
         return self.centers[-1]
 

@@ -71,8 +71,13 @@ class ReferenceCenter:
             for slot in self.slots.get(name, []):
                 slot += slot.dtype.type(getattr(self.rule, start))
 
-    def push(self, index, delta, lr, power, anchor):
-        """One array's part of a push; ``lr``, ``power`` and ``anchor`` are the worker's."""
+    @property
+    def counts(self):
+        """Pushes that each block has had: here all of them."""
+        return [self.pushes]
+
+    def push(self, index, delta, lr, power, anchor, dtype):
+        """One array's part of a push; ``lr``, ``power``, ``anchor`` and ``dtype`` are the worker's."""
         c = self.center[index]
         slots = {name: arrays[index] for name, arrays in self.slots.items()}
         h = self.rule
@@ -80,7 +85,7 @@ class ReferenceCenter:
         before, T = c.copy(), c.dtype.type
         if h.gap_aware and self.pushes:
             typical = np.sqrt(slots["moved_sq"] / T(1 - 0.999**self.pushes)) + T(1e-12)
-            delta = delta / (1 + np.abs(wide(c.astype(anchor.dtype)) - wide(anchor)) / typical)
+            delta = delta / (1 + np.abs(wide(narrow(c, dtype)) - wide(anchor)) / typical)
         UPDATES[type(h)](c, delta, slots, h, self.pushes + 1, lr, power)
         if h.gap_aware:
             slots["moved_sq"] += T(1 - 0.999) * ((c - before) ** 2 - slots["moved_sq"])
@@ -191,14 +196,18 @@ class ReferenceClient:
     """A worker: ``arrays`` are what it trains on."""
 
     def __init__(self, center, dtypes):
-        self.center = center
-        self.arrays = [c.astype(t) for c, t in zip(center.center, dtypes, strict=True)]
+        self.center, self.dtypes = center, dtypes
+        self.arrays = [narrow(c, t) for c, t in zip(center.center, dtypes, strict=True)]
         self.anchor = [a.copy() for a in self.arrays]
         self.seen, self.power = center.pushes, 0
 
     def weight(self):
-        missed = self.center.pushes - self.seen
-        return {"none": 1.0, "inverse": 1 / (missed + 1), "sqrt": 1 / np.sqrt(missed + 1)}[self.center.rule.staleness]
+        return weight(self.center, self.seen)
+
+    def pull(self):
+        for c, theta, anchor, dtype in zip(self.center.center, self.arrays, self.anchor, self.dtypes, strict=True):
+            theta[...] = anchor[...] = narrow(c, dtype)
+        self.seen = self.center.pushes
 
     def exchange(self, steps, lr=None):
         self.power += steps + 1
@@ -215,17 +224,141 @@ class ReferenceClient:
             if isinstance(rule, rules.Elastic):
                 alpha = T(rule.alpha * self.weight())
                 move = alpha * (wide(theta) - c)
-                theta[...] = (wide(theta) - move).astype(theta.dtype)
+                theta[...] = narrow(wide(theta) - move, self.dtypes[i])
                 c += move
             else:
                 delta = (wide(theta) - wide(anchor)) / T(steps) * T(self.weight())
-                self.center.push(i, delta, lr, self.power, anchor)
-                theta[...] = c.astype(theta.dtype)
+                self.center.push(i, delta, lr, self.power, anchor, self.dtypes[i])
+                theta[...] = narrow(c, self.dtypes[i])
             anchor[...] = theta
         self.center.pushes += 1
         self.seen = self.center.pushes
 
 
+class ReferenceBlocks:
+    """A center in blocks like the core's, each with a count of its own: a :class:`ReferenceCenter` of the parts in it.
+
+    Arrays begin at multiples of 64 bytes; a center of less than a block is one block.
+    """
+
+    def __init__(self, arrays, rule, block_bytes):
+        self.rule = rule
+        self.like = [wide(a) for a in arrays]
+        aligned = [-(-a.nbytes // 64) * 64 for a in self.like]
+        block_bytes = min(block_bytes, max(sum(aligned), 64))
+        places, start = {}, 0
+        for i, (array, nbytes) in enumerate(zip(self.like, aligned, strict=True)):
+            block_of = (start + np.arange(array.size) * array.itemsize) // block_bytes
+            for block in np.unique(block_of):
+                places.setdefault(block, []).append((i, np.flatnonzero(block_of == block)))
+            start += nbytes
+        self.blocks = [
+            (parts, ReferenceCenter([self.like[i].reshape(-1)[elements] for i, elements in parts], rule))
+            for _, parts in sorted(places.items())
+        ]
+
+    @property
+    def center(self):
+        return self._gather(lambda block: block.center)
+
+    @property
+    def slots(self):
+        return {name: self._gather(lambda block, n=name: block.slots[n]) for name in self.rule.active_slots()}
+
+    @property
+    def counts(self):
+        return [block.pushes for _, block in self.blocks] or [0]
+
+    def _gather(self, values_of):
+        whole = [np.empty_like(a).reshape(-1) for a in self.like]
+        for parts, block in self.blocks:
+            for (i, elements), values in zip(parts, values_of(block), strict=True):
+                whole[i][elements] = values
+        return [w.reshape(a.shape) for w, a in zip(whole, self.like, strict=True)]
+
+
+class GradientsClient:
+    """A worker of :class:`ReferenceBlocks` that pushes the mean of its gradients."""
+
+    def __init__(self, center, dtypes):
+        self.center, self.dtypes = center, dtypes
+        self.sums = [np.zeros_like(c) for c in center.center]
+        self.touched = [False] * len(dtypes)
+        self.arrays = [narrow(c, t) for c, t in zip(center.center, dtypes, strict=True)]
+        self.anchor = [a.copy() for a in self.arrays]
+        self.seen, self.power = [block.pushes for _, block in center.blocks], 0
+
+    def accumulate(self, gradients):
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self.sums[i] += wide(gradient)
+                self.touched[i] = True
+
+    def push(self, steps, lr=None):
+        """The center's part; what the worker then takes over."""
+        self.power += steps + 1
+        clip, touched = self.center.rule.clip_norm, self.touched
+        if clip:
+            squares = sum(np.square(s, dtype=float).sum() for s, t in zip(self.sums, touched, strict=True) if t)
+            steps = max(steps, np.sqrt(squares) / clip)
+        for b, (parts, block) in enumerate(self.center.blocks):
+            if not any(touched[i] for i, _ in parts):
+                continue
+            factor = weight(block, self.seen[b])
+            for place, (i, elements) in enumerate(parts):
+                if touched[i]:
+                    T = self.sums[i].dtype.type
+                    gradient = self.sums[i].reshape(-1)[elements] / T(steps)
+                    anchor = self.anchor[i].reshape(-1)[elements]
+                    block.push(place, -gradient * T(factor), lr, self.power, anchor, self.dtypes[i])
+            for place, (i, elements) in enumerate(parts):  # those without a gradient too
+                self.anchor[i].reshape(-1)[elements] = narrow(block.center[place], self.dtypes[i])
+            block.pushes += 1
+            self.seen[b] = block.pushes
+        values = self.center.center
+        taken = {i: narrow(values[i], self.dtypes[i]) for i in range(len(values)) if touched[i]}
+        self.drop()
+        return taken
+
+    def drop(self):
+        for total in self.sums:
+            total[...] = 0
+        self.touched = [False] * len(self.sums)
+
+    def exchange(self, steps, lr=None):
+        for i, value in self.push(steps, lr).items():
+            self.arrays[i][...] = value
+
+    def pull(self):
+        for theta, anchor, c, dtype in zip(self.arrays, self.anchor, self.center.center, self.dtypes, strict=True):
+            theta[...] = anchor[...] = narrow(c, dtype)
+        self.seen = [block.pushes for _, block in self.center.blocks]
+        self.drop()
+
+    def start(self, steps):
+        self.snapshot = [a.copy() for a in self.arrays]
+        self.taken = self.push(steps)
+
+    def finish(self):
+        for i, value in self.taken.items():
+            theta = self.arrays[i]
+            theta[...] = narrow(wide(theta) + (wide(value) - wide(self.snapshot[i])), self.dtypes[i])
+
+
+def weight(center, seen):
+    """Of a delta whose worker last saw the center, or a block, after so many pushes."""
+    missed = center.pushes - seen
+    return {"none": 1.0, "inverse": 1 / (missed + 1), "sqrt": 1 / np.sqrt(missed + 1)}[center.rule.staleness]
+
+
 def wide(array):
     """In the center's type."""
     return array.astype(np.float64 if array.dtype == np.float64 else np.float32)
+
+
+def narrow(values, dtype):
+    """In a worker's type; "bf16", which NumPy has not, as float32 with the lower 16 bits rounded off, to even."""
+    if dtype != "bf16":
+        return np.asarray(values).astype(dtype)
+    bits = np.asarray(values).astype(np.float32).view(np.uint32)
+    return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000, np.uint32).view(np.float32)

@@ -4,8 +4,6 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import RULES, ReferenceCenter, ReferenceClient, wide
 
 from hvd_agn import Center, rules
@@ -44,19 +42,6 @@ def test_interleavings(rule, dtype, kernels):
     schedule = [(i * 7 % 3, 1 + i % 4) for i in range(12)]
     shapes = [(3, 5), (700,), (), (0,), (257,)]
     interleave(rule, shapes, [np.dtype(dtype)] * len(shapes), schedule, 3, seed=1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rule=st.sampled_from(RULES),
-    shapes=st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), min_size=1, max_size=5),
-    data=st.data(),
-)
-def test_any_interleaving(rule, shapes, data):
-    dtypes = [np.dtype(data.draw(st.sampled_from(["f4", "f8", "f2"]))) for _ in shapes]
-    clients = data.draw(st.integers(1, 4))
-    schedule = data.draw(st.lists(st.tuples(st.integers(0, clients - 1), st.integers(1, 12)), max_size=8))
-    interleave(rule, shapes, dtypes, schedule, clients, seed=data.draw(st.integers(0, 99)))
 
 
 def test_division_by_the_steps_is_exact():
