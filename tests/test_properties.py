@@ -173,7 +173,7 @@ def test_in_shared_memory(case):
 
 def by_mailbox(folder, gradients):
     def drive(host):
-        @drawn(max_examples=60)
+        @drawn(max_examples=30, phases=[Phase.generate])  # a host has a thread for each center until the job ends
         @given(case=cases(gradients))
         def check(case):
             as_the_reference(case, host.center, remote=True)
@@ -246,7 +246,7 @@ def play(job, transport):
 
 @pytest.mark.parametrize("transport", ["direct", "mailbox"])
 def test_on_several_ranks(transport):
-    @drawn(max_examples=4, phases=[Phase.generate])  # a smaller failure would take minutes to find
+    @drawn(max_examples=4, phases=[Phase.generate])  # a smaller case would take minutes to find
     @given(job=jobs())
     def check(job):
         on_ranks(job["ranks"], play, job, transport)
