@@ -324,9 +324,9 @@ class Custom(Rule):
     * ``slots``: name -> array, to be changed in place; zero at first;
     * ``t``: pushes of the block, this one among them.
 
-    It must not call the center or its clients, and in gradients mode ``delta`` is minus the mean gradient. If it raises,
-    the exchange raises :class:`hvd_agn.errors.RuleError`, the block stays as it was, and what was to be
-    pushed to it is pushed by the next exchange. Elements must not depend on each other: where blocks end is no property
+    It must not call the center or its clients, and in gradients mode ``delta`` is minus the mean gradient. If it
+    raises, the exchange raises :class:`hvd_agn.errors.RuleError`, the block stays as it was, and what was to be pushed
+    to it is pushed by the next exchange. Elements must not depend on each other: where blocks end is no property
     of a model. All ranks need the same function. Several times slower than the rules above.
 
     Args:
