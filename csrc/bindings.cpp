@@ -141,7 +141,8 @@ class PythonFunction : public Function {
       function_(view(out), view(delta), slots, t);
     } catch (nb::python_error& error) {
       if (!error.matches(PyExc_Exception)) throw;  // Ctrl-C, SystemExit
-      throw RuleError(concat(name_, " raised ", nb::type_name(error.type()).c_str(), text_of(error.value())));
+      throw RuleError(
+          concat(name_, " raised ", nb::cast<std::string>(error.type().attr("__name__")), text_of(error.value())));
     } catch (const std::exception& error) {
       throw RuleError(concat(name_, " failed: ", error.what()));
     }
