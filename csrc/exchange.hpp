@@ -129,6 +129,8 @@ class Client {
   void copy_all(bool theta, bool anchor);
   Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor);
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
+
+  // exchange_overlap.cpp
   std::size_t fly(double steps, double lr);
   void settle_untouched();
 
