@@ -107,3 +107,32 @@ def at_a_worker(folder, drive, *args, how="asleep", **defaults):
 def same(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, e)
+
+
+def meet(comm):
+    """A barrier that leaves the cores to those who host."""
+    arrived = comm.Ibarrier()
+    while not arrived.Test():
+        time.sleep(0.0002)
+
+
+def add_integers(center, arrays, exchanges, rng):
+    """Every rank pushes random integers at random times, and pulls now and then; the center is their sum, exactly."""
+    comm = center._mpi_comm
+    pushed = [np.zeros(a.shape) for a in arrays]
+    for _ in range(exchanges):
+        k = int(rng.integers(1, 8))
+        for array, total in zip(arrays, pushed, strict=True):
+            delta = rng.integers(-1, 2, array.shape)
+            array += (k * delta).astype(array.dtype)
+            total += delta
+        if rng.random() < 0.2:
+            time.sleep(rng.random() * 0.002)
+        center.exchange(k)
+        if rng.random() < 0.1:
+            center.pull()
+    meet(comm)
+    everyones = [comm.allreduce(total) for total in pushed]
+    same(center.snapshot().values(), everyones)
+    center.pull()
+    same(arrays, everyones)

@@ -15,7 +15,20 @@ from hvd_agn.errors import StallError, UsageError
 BLOCK = 256  # float32 elements in a block of 1024 bytes
 BLOCKS = 3
 STAGES = ["half_written", "written", "committed"]
-RULES = {"add": rules.Add(), "momentum": rules.SGD(lr=1.0, momentum=0.5)}
+
+
+def half_the_momentum(center, delta, slots, t):
+    """As SGD(lr=1, momentum=0.5)."""
+    slots["momentum"] *= 0.5
+    slots["momentum"] += delta
+    center += slots["momentum"]
+
+
+RULES = {
+    "add": rules.Add(),
+    "momentum": rules.SGD(lr=1.0, momentum=0.5),
+    "function": rules.Custom(half_the_momentum, "momentum"),
+}
 
 
 def arrays_of(blocks):
@@ -53,7 +66,7 @@ def die_in_the_pass(rule, stage, block):
     np.testing.assert_array_equal(in_blocks(center.snapshot().values()), values)
     assert center._native.recoveries == 1
     center.exchange(1)
-    second = np.where(values == 1, 1.5, 1) if rule == "momentum" else 1  # the momentum of the dead lives on
+    second = np.where(values == 1, 1.5, 1) if rule != "add" else 1  # the momentum of the dead lives on
     np.testing.assert_array_equal(in_blocks(arrays), values + second)
     np.testing.assert_array_equal(in_blocks(center.snapshot().values()), values + second)
     return "checked"
@@ -62,8 +75,8 @@ def die_in_the_pass(rule, stage, block):
 @pytest.mark.parametrize("block", [0, 1, BLOCKS - 1])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_rank_leaves_blocks_whole(stage, block):
-    rule = "momentum" if block == 1 else "add"
-    assert on_ranks(2, die_in_the_pass, rule, stage, block, expect_death=True) == ["checked", None]
+    for rule in ("momentum", "function") if block == 1 else ("add",):
+        assert on_ranks(2, die_in_the_pass, rule, stage, block, expect_death=True) == ["checked", None]
 
 
 def die_at_any_moment(seed):

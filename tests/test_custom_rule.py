@@ -82,6 +82,31 @@ def raise_without_text(center, delta, slots, t):
     raise MuteError if t == 1 else OSError("\udcff")
 
 
+def interrupt_once(center, delta, slots, t):
+    center += delta
+    slots["calls"] += 1
+    if delta.max() == 1:
+        raise KeyboardInterrupt
+
+
+def interrupted(make, error, message):
+    """Ctrl-C in the function: the block stays, and what was to be pushed is pushed later."""
+    theta = np.zeros(BLOCK, "f4")
+    center = make([theta], rules.Custom(interrupt_once, "calls"))
+    theta += 1
+    with pytest.raises(error, match=message):
+        center.exchange(1)
+    assert not center.snapshot()["array 0"].any()
+    theta += 1
+    assert center.exchange(1)
+    np.testing.assert_array_equal(center.snapshot()["array 0"], 2)
+    np.testing.assert_array_equal(theta, 2)
+
+
+def test_an_interrupt_stays_one():
+    interrupted(Center, KeyboardInterrupt, None)
+
+
 def fail_without_text(host):
     theta = np.zeros(5, "f4")
     center = host.center([theta], rules.Custom(raise_without_text))
@@ -115,6 +140,7 @@ def fail_by_mailbox(folder):
     def drive(host):
         fail_with_a_wire(host)
         fail_without_text(host)
+        interrupted(host.center, RuleError, r"(?s)at the host of block 0, .*KeyboardInterrupt")
         for gradients in (False, True):
             for overlap in (False, True):
                 failing(host.center, gradients, overlap)

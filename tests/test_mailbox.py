@@ -1,11 +1,10 @@
 """Exchanges by mailbox between ranks of one machine: conservation, the reference, wires, refusals, files."""
 
 import os
-import time
 
 import numpy as np
 import pytest
-from mailboxes import at_a_worker, same
+from mailboxes import add_integers, at_a_worker, same
 from ranks import on_ranks
 from reference import FEW_RULES, RULES, ReferenceCenter, ReferenceClient
 
@@ -18,26 +17,6 @@ DTYPES = ["f4", "f8", "f2", "f4", "f8", "f2", "f4"]
 MAILBOX = {"HVD_AGN_TRANSPORT": "mailbox"}
 
 # ---- conservation
-
-
-def add_integers(center, arrays, exchanges, rng):
-    """Every rank pushes random integers at random times; the center is their sum."""
-    comm = center._mpi_comm
-    pushed = [np.zeros(a.shape) for a in arrays]
-    for _ in range(exchanges):
-        k = int(rng.integers(1, 8))
-        for array, total in zip(arrays, pushed, strict=True):
-            delta = rng.integers(-1, 2, array.shape)
-            array += (k * delta).astype(array.dtype)
-            total += delta
-        if rng.random() < 0.2:
-            time.sleep(rng.random() * 0.002)
-        center.exchange(k)
-    comm.Barrier()
-    everyones = [comm.allreduce(total) for total in pushed]
-    same(center.snapshot().values(), everyones)
-    center.pull()
-    same(arrays, everyones)
 
 
 def add_one_with_momentum(center, arrays, exchanges, rng):

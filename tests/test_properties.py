@@ -5,13 +5,12 @@ A case is drawn as plain lists and numbers, so that ranks of other processes can
 
 import dataclasses
 import functools
-import time
 
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from mailboxes import at_a_worker, same
+from mailboxes import add_integers, at_a_worker, meet
 from ranks import on_ranks
 from reference import RULES, GradientsClient, ReferenceBlocks, ReferenceCenter, ReferenceClient, narrow, wide
 
@@ -212,36 +211,16 @@ def play(job, transport):
     comm = MPI.COMM_WORLD
     make = functools.partial(Center, center_ranks=job["hosts"], transport=transport)
 
-    def turn():
-        arrived = comm.Ibarrier()
-        while not arrived.Test():
-            time.sleep(0.0002)  # the cores are for those who host
-
+    turn = functools.partial(meet, comm)
     for case in job["in turn"]:
         as_the_reference(case, make, comm.rank, turn, remote=transport == "mailbox")
 
     rng = np.random.default_rng([job["seed"], comm.rank])
     arrays = [np.zeros(shape, dtype) for shape, dtype in job["all at once"]]
-    total = [np.zeros(a.shape) for a in arrays]
     exchanges = int(rng.integers(0, 40))
     with make(arrays) as center:
-        for _ in range(exchanges):
-            k = int(rng.integers(1, 8))
-            for array, pushed in zip(arrays, total, strict=True):
-                delta = rng.integers(-1, 2, array.shape)
-                array += (k * delta).astype(array.dtype)
-                pushed += delta
-            if rng.random() < 0.2:
-                time.sleep(rng.random() * 0.002)
-            center.exchange(k)
-            if rng.random() < 0.1:
-                center.pull()
-        turn()
-        everyones = [comm.allreduce(pushed) for pushed in total]
-        same(center.snapshot().values(), everyones)
+        add_integers(center, arrays, exchanges, rng)
         assert center.version == comm.allreduce(exchanges)
-        center.pull()
-        same(arrays, everyones)
 
 
 @pytest.mark.parametrize("transport", ["direct", "mailbox"])
