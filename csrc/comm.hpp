@@ -79,7 +79,8 @@ class Comm {
   const std::vector<int>& nodes() const { return nodes_; }
   StallLimits limits() const { return limits_; }
 
-  /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train.
+  /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train. After one
+  /// that was given up, every later one throws StallError at once.
   void barrier(const std::string& what) { barrier(what, limits_, nullptr); }
   /// `progress`: a count that shows that the others are at work; the stall limits run from its last change.
   void barrier(const std::string& what, StallLimits limits, const std::function<std::uint64_t()>& progress);
@@ -95,6 +96,7 @@ class Comm {
   MPI_Comm comm_ = MPI_COMM_NULL;
   MPI_Comm node_ = MPI_COMM_NULL;
   int rank_ = -1, size_ = 0, node_rank_ = -1, node_size_ = 0;
+  bool given_up_ = false;
   std::vector<int> nodes_;
 };
 

@@ -1,5 +1,7 @@
 #include "exchange.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -13,6 +15,8 @@
 namespace hvd_agn {
 
 namespace {
+
+constexpr std::size_t kCacheBytes = std::size_t{32} << 20;  // more than a rank's share of a cache
 
 /// Adds the life of the object to a sum of seconds.
 class Timed {
@@ -32,7 +36,8 @@ class Timed {
 }  // namespace
 
 Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
-    : center_(std::move(center)),
+    : process_(getpid()),
+      center_(std::move(center)),
       buffers_(std::move(buffers)),
       options_(options),
       leave_{center_.get(), center_->enter_client()} {
@@ -49,6 +54,7 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
     anchor_bytes_ += round_up(bytes, Layout::kAlignment);
     push_bytes_ += bytes;
   }
+  past_cache_ = push_bytes_ > kCacheBytes;
   anchor_.reset(new std::byte[anchor_bytes_]);
   use_huge_pages(anchor_.get(), anchor_bytes_);
   if (options_.overlap) {
@@ -71,10 +77,13 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
 }
 
 Client::~Client() {
+  // A forked child has no such thread, and would wait for it for ever.
+  if (getpid() != process_) new std::future<std::size_t>(std::move(flight_));
   if (flight_.valid()) flight_.wait();
 }
 
 std::unique_lock<std::mutex> Client::enter() const {
+  check_process(process_, center_->rank());  // first: another thread may have held the mutex at the fork
   std::unique_lock<std::mutex> guard(mutex_);
   HVD_AGN_EXPECTS(!closed_, UsageError, "[rank ", center_->rank(),
                   "] this worker has left the center: used after close().");
@@ -89,6 +98,7 @@ std::unique_lock<std::mutex> Client::enter_grounded(const char* call) const {
 }
 
 void Client::close() {
+  if (getpid() != process_) return;
   const std::lock_guard<std::mutex> guard(mutex_);
   if (flight_.valid()) flight_.wait();
   closed_ = true;
@@ -353,7 +363,7 @@ Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t s
                      nullptr,
                      slot_stride,
                      part->count};
-    range = std::max(range, kernels().pull(buffers_[part->segment].dtype, p));
+    range = std::max(range, kernels().pull(buffers_[part->segment].dtype, p, past_cache_));
   }
   return range;
 }

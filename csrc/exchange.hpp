@@ -1,6 +1,8 @@
 // The worker's end: its arrays, its anchor, and the exchange with the center.
 #pragma once
 
+#include <sys/types.h>
+
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -97,7 +99,8 @@ class Client {
   void read_anchor(std::size_t segment, void* values) const;
   void write_anchor(std::size_t segment, const void* values);
 
-  /// Waits for a call that is under way; every later one throws UsageError. The buffers may then go.
+  /// Waits for a call that is under way; every later one throws UsageError. The buffers may then go. In a forked child,
+  /// nothing.
   void close();
 
   Stats stats() const;
@@ -158,6 +161,7 @@ class Client {
   Range take(const Message& head, const std::byte* payload, bool theta, bool anchor);
   std::byte* residual(std::size_t block) const;
 
+  pid_t process_;             // a forked child has neither the mailbox's thread nor the background's
   mutable std::mutex mutex_;  // one call at a time
   bool closed_ = false;
   std::shared_ptr<Center> center_;
@@ -172,6 +176,7 @@ class Client {
   std::size_t anchor_bytes_ = 0;
   std::vector<std::size_t> offset_;  // of each segment in anchor and snapshot
   std::size_t push_bytes_ = 0;
+  bool past_cache_ = false;        // the arrays are more than a cache holds
   std::vector<std::size_t> busy_;  // blocks put off because another held them
   double power_ = 0;               // steps and pushes so far
   std::vector<std::byte> staged_;  // one block's delta, for a rule that takes several passes over it

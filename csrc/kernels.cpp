@@ -208,20 +208,20 @@ word<T> largest_of(const T* values, std::size_t count) {
 
 /// Copies to one or two places, and looks at the values on the way.
 template <class T>
-Range pull_plain(const Piece& p) {
-  const T* __restrict in = reinterpret_cast<const T*>(p.in);
-  T* __restrict one = static_cast<T*>(p.theta ? p.theta : p.anchor);
-  T* __restrict other = static_cast<T*>(p.anchor);
+Range pull_plain(const Piece& p, bool past_cache) {
+  constexpr std::size_t kAtOnce = 16384 / sizeof(T);  // read once from memory, then from the first-level cache
+  const T* in = reinterpret_cast<const T*>(p.in);
+  void* const places[] = {p.theta, p.anchor};
   word<T> largest = 0;
-  if (p.theta && p.anchor) {
-    for (std::size_t i = 0; i < p.count; ++i) {
-      one[i] = other[i] = in[i];
-      largest = larger(largest, magnitude(in[i]));
-    }
-  } else {
-    for (std::size_t i = 0; i < p.count; ++i) {
-      one[i] = in[i];
-      largest = larger(largest, magnitude(in[i]));
+  for (std::size_t i = 0; i < p.count; i += kAtOnce) {
+    const std::size_t n = p.count - i < kAtOnce ? p.count - i : kAtOnce;
+    largest = larger(largest, largest_of(in + i, n));
+    for (void* to : places) {
+      if (!to) continue;
+      if (past_cache)
+        copy_past_cache(in + i, static_cast<T*>(to) + i, n * sizeof(T));
+      else
+        __builtin_memcpy(static_cast<T*>(to) + i, in + i, n * sizeof(T));
     }
   }
   return range_of<T>(largest);
@@ -236,12 +236,12 @@ Range pull_half(const Piece& p) {
   return range_of<float>(largest_of(in, p.count));
 }
 
-Range pull(DType dtype, const Piece& p) {
+Range pull(DType dtype, const Piece& p, bool past_cache) {
   switch (dtype) {
     case DType::f32:
-      return pull_plain<float>(p);
+      return pull_plain<float>(p, past_cache);
     case DType::f64:
-      return pull_plain<double>(p);
+      return pull_plain<double>(p, past_cache);
     case DType::f16:
       return pull_half<Half>(p);
     case DType::bf16:

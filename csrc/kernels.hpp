@@ -57,8 +57,8 @@ struct Kernels {
   void (*damp)(DType, const Piece&, std::size_t moved, double sum_of_weights);
   /// The same sum in `out`: `kept` of it, and the rest of (out - in)^2. Returns its range.
   Range (*remember)(DType center, const Piece&, std::size_t moved, double kept);
-  /// theta = in and anchor = in, unless null. Returns the range of `in`.
-  Range (*pull)(DType, const Piece&);
+  /// theta = in and anchor = in, unless null. Returns the range of `in`. `past_cache`: for arrays that no cache holds.
+  Range (*pull)(DType, const Piece&, bool past_cache);
   /// Range of `count` values of a worker's dtype.
   Range (*scan)(DType, const void* values, std::size_t count);
   /// True if (theta - anchor), computed in the center's type, is finite in every element. Slow, exact.

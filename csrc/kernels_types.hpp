@@ -4,7 +4,7 @@
 
 #include "kernels.hpp"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -127,6 +127,24 @@ void store(const float* from, H* to, std::size_t count) {
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < count; ++i) from_float(from[i], to + i);
+}
+
+/// A copy that leaves the cache as it is, and does not read what it overwrites: for more than the cache holds.
+inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
+#if defined(__SSE2__)
+  const char* in = static_cast<const char*>(from);
+  char* out = static_cast<char*>(to);
+  const std::size_t misaligned = -reinterpret_cast<std::uintptr_t>(out) % sizeof(__m128);
+  const std::size_t head = misaligned < bytes ? misaligned : bytes;
+  __builtin_memcpy(out, in, head);
+  std::size_t i = head;
+  for (; i + sizeof(__m128) <= bytes; i += sizeof(__m128))
+    _mm_stream_ps(reinterpret_cast<float*>(out + i), _mm_loadu_ps(reinterpret_cast<const float*>(in + i)));
+  __builtin_memcpy(out + i, in + i, bytes - i);
+  _mm_sfence();  // such stores are in no order with others, not with an unlock either
+#else
+  __builtin_memcpy(to, from, bytes);
+#endif
 }
 
 inline float wide(float value) {

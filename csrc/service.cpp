@@ -145,7 +145,7 @@ void Service::encode(int worker, Message& head, std::byte* values, std::byte* pa
     head.payload_bytes = 0;
     for (const Layout::Part* part = layout_.begin(head.block); part != layout_.end(head.block); ++part) {
       std::byte* half = payload + head.payload_bytes;
-      kernels().pull(half_type(head), {half, nullptr, values + part->block_offset, nullptr, 0, part->count});
+      kernels().pull(half_type(head), {half, nullptr, values + part->block_offset, nullptr, 0, part->count}, false);
       if (had) std::memcpy(had + part->block_offset, half, part->count * item_size(half_type(head)));
       head.payload_bytes += wire_bytes(layout_.dtype(*part), head.answer_wire, part->count);
     }

@@ -137,7 +137,7 @@ def main() -> None:
             loss = nn.functional.cross_entropy(model(share_x[batch]), share_y[batch])
             loss.backward()
             optimizer.step()
-            if progress.update():
+            if progress.update() or progress.n == steps:
                 stats = optimizer.stats()
                 progress.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
                 progress.set_postfix_str(

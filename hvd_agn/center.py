@@ -394,6 +394,8 @@ class Center:
             CheckpointError: on every rank; the file is missing, damaged, or of other arrays or a rule with other
                 slots.
             UsageError: an exchange is under way in the background.
+            StallError: a wait for the others lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. This rank cannot call
+                ``load()`` again, and ends without ``MPI_Finalize``.
         """
         native = self._open()
         if self._owner is not None:
@@ -402,6 +404,7 @@ class Center:
             raise UsageError(
                 f"{self.label}: Center.load() while an exchange is under way in the background: call finish() first."
             )
+        native.await_thread()  # in MPI it may hold up the calls of this thread, which know no limit
         self._comm.barrier("waits for all ranks to call Center.load")
         error: CheckpointError | None = None
         if self._comm.rank == 0:

@@ -67,7 +67,7 @@ _ALIGNMENT = 64  # of the arrays in a block, in bytes
 
 BLOCK_BYTES = Variable(
     "HVD_AGN_BLOCK_BYTES",
-    256 * 1024,
+    2 * 127 * 1024 - 64,  # two puts of the mailbox, whose message has a head
     f"a whole number of bytes, a multiple of {_ALIGNMENT} below 2^31",
     int,
     lambda value: 0 < value < 2**31 and value % _ALIGNMENT == 0,

@@ -1,5 +1,6 @@
 """Ranks that are killed or stopped in the middle of a pass: blocks stay whole, locks are taken over, waits end."""
 
+import gc
 import os
 import signal
 import time
@@ -162,19 +163,75 @@ def test_a_rank_that_never_comes():
     assert on_ranks(2, come_late, env=env, expect_death=True) == ["gave up", None]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_forked_child_is_refused():
-    """It would share its parent's spare block, and overwrite what the parent has committed."""
-    center = Center(arrays := arrays_of(1))
+def load_alone(path):
+    """Rank 1 does not come to load; rank 0 gives up, is told at once the second time, and ends."""
+    from mpi4py import MPI
+
+    center = Center([np.zeros(3, np.float32)])
+    if MPI.COMM_WORLD.rank == 1:
+        wait_until(lambda: os.path.exists(path), "rank 0 to give up")
+        return None
+    with pytest.raises(StallError, match=r"waits for all ranks to call Center.load .*given up"):
+        center.load("center.safetensors")
+    with pytest.raises(StallError, match=r"\[rank 0\] hvd_agn: waits for all ranks to call .*gave up an earlier wait"):
+        center.load("center.safetensors")
+    theta = center.arrays_client._arrays[0]
+    theta += 1
+    assert center.exchange(1)  # which needs nobody
+    open(path, "w").close()
+    return float(theta[0])
+
+
+def test_a_load_that_a_rank_does_not_join(tmp_path):
+    env = {"HVD_AGN_STALL_SECONDS": "0.5", "HVD_AGN_STALL_ABORT_SECONDS": "1.5"}
+    assert on_ranks(2, load_alone, str(tmp_path / "gave up"), env=env, expect_death=True) == [1.0, None]
+
+
+def in_a_child(call):
+    """Run ``call`` in a forked child; its exit status: 0 if that says that the child was forked."""
     pid = os.fork()
     if pid == 0:
+        signal.alarm(20)  # a child that hangs is killed
         code = 1
         try:
-            add_one(arrays)
-            center.exchange(1)
+            call()
         except UsageError as error:
             code = 0 if "forked" in str(error) else 2
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_leaves_the_background_to_its_parent():
+    """The child has no such thread: it must not wait for it, not even at its end."""
+    center = Center(arrays := arrays_of(4000), overlap=True)
+    client = center.arrays_client
+
+    def finish_and_drop():
+        try:
+            client.finish()
+        finally:
+            client._native.close()
+            client._native = None
+            gc.collect()
+
+    for _ in range(5):
+        add_one(arrays)
+        client.start(1)
+        assert in_a_child(finish_and_drop) == 0
+        assert client.finish()
+    np.testing.assert_array_equal(in_blocks(center.snapshot().values()), 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_is_refused():
+    """It would share its parent's spare block, and overwrite what the parent has committed."""
+    center = Center(arrays := arrays_of(1))
+
+    def exchange():
+        add_one(arrays)
+        center.exchange(1)
+
+    assert in_a_child(exchange) == 0
     assert center.version == 0

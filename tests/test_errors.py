@@ -73,7 +73,7 @@ def test_bad_arguments(make, message):
     ("name", "value", "message"),
     [
         ("HVD_AGN_BLOCK_BYTES", "100", "HVD_AGN_BLOCK_BYTES='100': give a whole number of bytes, a multiple of 64"),
-        ("HVD_AGN_BLOCK_BYTES", "big", "HVD_AGN_BLOCK_BYTES='big': give a whole number.*default 262144"),
+        ("HVD_AGN_BLOCK_BYTES", "big", "HVD_AGN_BLOCK_BYTES='big': give a whole number.*default 260032"),
         ("HVD_AGN_STALL_SECONDS", "-1", "HVD_AGN_STALL_SECONDS='-1': give a number of seconds; 0 switches"),
         ("HVD_AGN_STALL_ABORT_SECONDS", "nan", "HVD_AGN_STALL_ABORT_SECONDS='nan': give a number of seconds"),
         ("HVD_AGN_BLOCKBYTES", "64", "HVD_AGN_BLOCKBYTES is not a variable of hvd_agn. There are: HVD_AGN_BLOCK_BYTES"),

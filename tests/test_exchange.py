@@ -208,6 +208,32 @@ def test_a_difference_that_overflows_is_refused(dtype, large):
     assert center.snapshot()["array 0"][77] == theta.dtype.type(-large / 2)
 
 
+def test_arrays_that_no_cache_holds(kernels, monkeypatch):
+    """They are written around the cache: the same values at any alignment, and nothing beside them."""
+    monkeypatch.setenv("HVD_AGN_BLOCK_BYTES", "")
+    sizes, dtypes = [7_000_001, 1_000_003, 5], ["f4", "f8", "f4"]
+    rng = np.random.default_rng(2)
+    values = [rng.integers(-9, 9, n).astype(t) for n, t in zip(sizes, dtypes, strict=True)]
+    around = [np.full(n + 4, 7, t) for n, t in zip(sizes, dtypes, strict=True)]
+    inner = [whole[1 + i : 1 + i + n] for i, (whole, n) in enumerate(zip(around, sizes, strict=True))]
+    for array, value in zip(inner, values, strict=True):
+        array[:] = value
+    center = Center(inner)
+    other = center.client([value.copy() for value in values])
+    for array in other._arrays:
+        array += 3
+    assert other.exchange(1)
+    center.pull()
+    for i, (whole, array, value) in enumerate(zip(around, inner, values, strict=True)):
+        np.testing.assert_array_equal(array, value + 3)
+        assert (whole[: 1 + i] == 7).all()
+        assert (whole[1 + i + array.size :] == 7).all()
+    center.arrays_client.write_anchor(1, inner[1] + 1)
+    assert center.exchange(1)  # from the anchor that the pull has set
+    np.testing.assert_array_equal(inner[0], values[0] + 3)
+    np.testing.assert_array_equal(inner[1], values[1] + 2)
+
+
 def test_a_rule_that_overflows_leaves_its_block():
     theta = np.full(512, 1.0, np.float32)  # two blocks
     center = Center([theta], rules.Add(scale=1e38))

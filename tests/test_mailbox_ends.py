@@ -289,7 +289,8 @@ for _ in range(50):
     center.exchange(1)
 while center.version < 1 + 50 * (center.size - 1):
     pass
-print("all there:", (center.snapshot()["array 0"] == 1000 + 50 * (center.size - 1)).all())
+there = (center.snapshot()["array 0"] == 1000 + 50 * (center.size - 1)).all()
+print(f"all there: {there}")  # in one write, so that those of two ranks do not mix
 """
 
 

@@ -314,7 +314,7 @@ class Elastic(Rule):
 class Custom(Rule):
     """A function of yours on NumPy arrays: to try a rule out, not for speed.
 
-    ``fn(center, delta, slots, t)`` is called for every piece of an array that lies in one block (256 KiB, unless
+    ``fn(center, delta, slots, t)`` is called for every piece of an array that lies in one block (254 KiB, unless
     ``HVD_AGN_BLOCK_BYTES`` says otherwise), under the block's lock: by the worker that pushes, or, for workers on other
     nodes, in the host's process, in a thread of its own that waits for the GIL. All arrays are one-dimensional, of the
     center's type, and valid during the call only:

@@ -33,6 +33,12 @@ def test_nothing_is_lost(hosts, rma, ranks, exchanges, variants):
     on_ranks(ranks, conserve, exchanges, variants, "auto", hosts=hosts)
 
 
+@pytest.mark.parametrize("block_bytes", ["", "300032"], ids=["default", "300032"])
+def test_blocks_of_several_puts(hosts, rma, block_bytes):
+    variants = [([1], 2, [[250_000], [90_001]], False), ([0, 1], 8, [[250_000], [90_001]], True)]
+    on_ranks(2, conserve, 10, variants, "auto", hosts=hosts, env={"HVD_AGN_BLOCK_BYTES": block_bytes})
+
+
 @pytest.mark.parametrize("how", ["asleep", "busy"])
 def test_a_host_that_does_nothing_gives_what_the_reference_gives(hosts, rma, how, tmp_path):
     on_ranks(2, interleave_all, how, str(tmp_path), hosts=hosts, timeout=240)
