@@ -84,8 +84,9 @@ void Comm::wait(MPI_Request* request, const std::string& what, StallLimits limit
 }
 
 void Comm::barrier(const std::string& what, StallLimits limits, const std::function<std::uint64_t()>& progress) {
-  HVD_AGN_EXPECTS(!given_up_, StallError, "[rank ", rank_, "] hvd_agn: ", what,
-                  ", which cannot be: this rank gave up an earlier wait for all ranks. End the job and start it again.");
+  HVD_AGN_EXPECTS(
+      !given_up_, StallError, "[rank ", rank_, "] hvd_agn: ", what,
+      ", which cannot be: this rank gave up an earlier wait for all ranks. End the job and start it again.");
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Ibarrier(comm_, &request), rank_, "MPI_Ibarrier");
   given_up_ = true;  // should the wait throw: MPI still counts this barrier, and the next would answer it

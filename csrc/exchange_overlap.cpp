@@ -9,8 +9,13 @@ void Client::start(double steps, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("start()");
   HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
-  for (std::size_t s = 0; s < buffers_.size(); ++s)
-    std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, buffers_[s].count * item_size(buffers_[s].dtype));
+  for (std::size_t s = 0; s < buffers_.size(); ++s) {
+    const std::size_t bytes = buffers_[s].count * item_size(buffers_[s].dtype);
+    if (past_cache_)
+      kernels().copy(buffers_[s].data, snapshot_.get() + offset_[s], bytes);
+    else
+      std::memcpy(snapshot_.get() + offset_[s], buffers_[s].data, bytes);
+  }
   if (options_.gradients) set_sums_aside();
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   from_snapshot_ = true;

@@ -59,6 +59,8 @@ struct Kernels {
   Range (*remember)(DType center, const Piece&, std::size_t moved, double kept);
   /// theta = in and anchor = in, unless null. Returns the range of `in`. `past_cache`: for arrays that no cache holds.
   Range (*pull)(DType, const Piece&, bool past_cache);
+  /// As memcpy(), past the cache.
+  void (*copy)(const void* from, void* to, std::size_t bytes);
   /// Range of `count` values of a worker's dtype.
   Range (*scan)(DType, const void* values, std::size_t count);
   /// True if (theta - anchor), computed in the center's type, is finite in every element. Slow, exact.

@@ -129,18 +129,29 @@ void store(const float* from, H* to, std::size_t count) {
   for (; i < count; ++i) from_float(from[i], to + i);
 }
 
+#if defined(__SSE2__)
+inline void stream(const char* from, char* to) {
+  _mm_stream_ps(reinterpret_cast<float*>(to), _mm_loadu_ps(reinterpret_cast<const float*>(from)));
+}
+#endif
+
 /// A copy that leaves the cache as it is, and does not read what it overwrites: for more than the cache holds.
 inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
 #if defined(__SSE2__)
+  constexpr std::size_t kWord = sizeof(__m128), kLine = 64, kReaders = 4, kStretch = 16384;
   const char* in = static_cast<const char*>(from);
   char* out = static_cast<char*>(to);
-  const std::size_t misaligned = -reinterpret_cast<std::uintptr_t>(out) % sizeof(__m128);
-  const std::size_t head = misaligned < bytes ? misaligned : bytes;
-  __builtin_memcpy(out, in, head);
-  std::size_t i = head;
-  for (; i + sizeof(__m128) <= bytes; i += sizeof(__m128))
-    _mm_stream_ps(reinterpret_cast<float*>(out + i), _mm_loadu_ps(reinterpret_cast<const float*>(in + i)));
-  __builtin_memcpy(out + i, in + i, bytes - i);
+  const std::size_t misaligned = -reinterpret_cast<std::uintptr_t>(out) % kLine;
+  std::size_t done = misaligned < bytes ? misaligned : bytes;
+  __builtin_memcpy(out, in, done);
+  // Several readers, as in largest_of().
+  for (; done + kReaders * kStretch <= bytes; done += kReaders * kStretch)
+    for (std::size_t line = 0; line < kStretch; line += kLine)
+      for (std::size_t reader = 0; reader < kReaders; ++reader)
+        for (std::size_t i = done + reader * kStretch + line, end = i + kLine; i < end; i += kWord)
+          stream(in + i, out + i);
+  for (; done + kWord <= bytes; done += kWord) stream(in + done, out + done);
+  __builtin_memcpy(out + done, in + done, bytes - done);
   _mm_sfence();  // such stores are in no order with others, not with an unlock either
 #else
   __builtin_memcpy(to, from, bytes);

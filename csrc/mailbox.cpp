@@ -15,11 +15,11 @@ namespace hvd_agn {
 namespace {
 
 constexpr std::size_t kCounterBytes = 64;
-// Fits into one message of Open MPI's TCP, which has 128 KiB with a head. Puts of a whole block of 256 KiB took 1.3 times
-// as long there, and 1.15 times with MPICH's UCX.
+// Fits into one message of Open MPI's TCP, which has 128 KiB with a head. Puts of a whole block of 256 KiB took 1.3
+// times as long there, and 1.15 times with MPICH's UCX.
 constexpr std::size_t kPutLimit = std::size_t{127} << 10;
-constexpr auto kSpin = std::chrono::microseconds(500);   // after the last message: poll, and yield to whoever works
-constexpr auto kAlert = std::chrono::milliseconds(20);   // after the last message, or while an answer is awaited: nap
+constexpr auto kSpin = std::chrono::microseconds(500);  // after the last message: poll, and yield to whoever works
+constexpr auto kAlert = std::chrono::milliseconds(20);  // after the last message, or while an answer is awaited: nap
 constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kRest = std::chrono::microseconds(1000);  // after that
 constexpr auto kLook = std::chrono::milliseconds(100);   // between looks for progress, of whoever waits

@@ -1,5 +1,6 @@
 """Mailboxes whose other end is stopped, idle, forked, or gone; on one machine."""
 
+import ctypes
 import gc
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mailboxes import at_a_worker, same, state, stderr_to, wait_until
+from mailboxes import at_a_worker, meet, same, state, stderr_to, wait_until
 from ranks import on_ranks
 
 from hvd_agn import Center, _core, launch
@@ -212,6 +213,63 @@ def test_hosts_that_idle_or_end_early(hosts, tmp_path, record_property):
     record_property("share of a core of an idle host", idle)
     print(f"an idle host takes {100 * idle:.2f} % of a core")
     assert idle < 0.1
+
+
+def block_the_host(folder, where):
+    """The host's main thread is in a call that does not return; the worker exchanges all the same."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    theta = np.zeros(5000, "f4")
+    center = Center([theta], transport="mailbox")
+    pipe = os.path.join(folder, "pipe")
+    if comm.rank == 0:
+        if where == "in MPI":
+            comm.recv(source=1)
+        else:  # no thread of Python runs here until the other end is opened
+            os.close(ctypes.PyDLL(None).open(pipe.encode(), os.O_RDONLY))
+        return None
+    for _ in range(50):
+        theta += 1
+        center.exchange(1)
+    assert center.version == 50
+    np.testing.assert_array_equal(center.snapshot()["array 0"], 50)
+    if where == "in MPI":
+        comm.send(None, dest=0)
+    else:
+        os.close(os.open(pipe, os.O_WRONLY))
+    return "exchanged"
+
+
+@pytest.mark.parametrize("where", ["in MPI", "holding the GIL"])
+def test_a_host_that_is_blocked_answers(where, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert on_ranks(2, block_the_host, str(tmp_path), where) == [None, "exchanged"]
+
+
+def exchange_side_by_side(folder):
+    """Until the first worker has had its exchanges; how many each has had."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    center = Center([theta := np.zeros(5000, "f4")], transport="mailbox")
+    end = Path(folder) / "end"
+    meet(comm)
+    exchanges = 0
+    while comm.rank > 0 and exchanges < 300 and not end.exists():
+        theta += 1
+        center.exchange(1)
+        exchanges += 1
+    if exchanges:
+        end.touch()
+    meet(comm)
+    assert center.version == comm.allreduce(exchanges)
+    return exchanges
+
+
+def test_workers_are_served_alike(tmp_path):
+    _, *exchanges = on_ranks(4, exchange_side_by_side, str(tmp_path))
+    assert min(exchanges) >= max(exchanges) / 5, exchanges  # the cores are shared too
 
 
 def fork_a_child(host):

@@ -12,7 +12,7 @@ import pytest
 from mailboxes import state, stderr_to, wait_until
 from ranks import on_ranks
 from test_mailbox import ONE_BLOCK, check_wires, conserve, interleave_all, move_about, refuse
-from test_mailbox_ends import FAILS_AT_ONCE, limits
+from test_mailbox_ends import FAILS_AT_ONCE, block_the_host, limits
 from test_overlap import DOUBLES, DTYPES, overlap_and_count
 from test_overlap_torch import train_and_end
 
@@ -42,6 +42,12 @@ def test_blocks_of_several_puts(hosts, rma, block_bytes):
 @pytest.mark.parametrize("how", ["asleep", "busy"])
 def test_a_host_that_does_nothing_gives_what_the_reference_gives(hosts, rma, how, tmp_path):
     on_ranks(2, interleave_all, how, str(tmp_path), hosts=hosts, timeout=240)
+
+
+@pytest.mark.parametrize("where", ["in MPI", "holding the GIL"])
+def test_a_host_that_is_blocked_answers(hosts, rma, where, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert on_ranks(2, block_the_host, str(tmp_path), where, hosts=hosts) == [None, "exchanged"]
 
 
 def test_wires(hosts, rma, tmp_path):
