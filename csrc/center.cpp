@@ -225,6 +225,7 @@ std::uint64_t Center::recoveries() const {
 // ---- clients
 
 std::uint32_t Center::enter_client() {
+  check_process();
   const std::lock_guard<std::mutex> lock(clients_mutex_);
   const auto id = std::find(clients_.begin(), clients_.end(), false) - clients_.begin();
   if (static_cast<std::size_t>(id) == clients_.size()) clients_.push_back(false);

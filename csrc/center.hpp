@@ -1,6 +1,8 @@
 // The center as one rank has it: the shards that it shares memory with, and the mailbox to the others.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -43,6 +45,9 @@ class Center {
   Mailbox* mailbox() const { return remote_.empty() ? nullptr : mailbox_.get(); }
   /// First block and end of each shard that is reached by mailbox.
   const std::vector<std::pair<std::size_t, std::size_t>>& remote() const { return remote_; }
+  /// Whether this is a child that was forked from the process which made the center; UsageError if it is.
+  bool forked() const { return getpid() != process_; }
+  void check_process() const { hvd_agn::check_process(process_, rank_); }
   /// The least number that no client of this process has, for its messages: a host remembers things by it.
   std::uint32_t enter_client();
   void leave_client(std::uint32_t id);
@@ -78,6 +83,7 @@ class Center {
   Plan plan_;
   Layout layout_;
   Rule rule_;
+  pid_t process_ = getpid();
   int rank_, node_rank_, node_size_;
   MPI_Win window_ = MPI_WIN_NULL;  // of the node's shards
   void* private_ = nullptr;        // or this process's own

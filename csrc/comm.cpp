@@ -47,7 +47,7 @@ void StallWatch::report(const std::string& what) {
   std::fflush(stderr);
 }
 
-Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits) {
+Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits), process_(getpid()) {
   check(MPI_Comm_rank(parent, &rank_), -1, "MPI_Comm_rank");
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Comm_idup(parent, &comm_, &request), rank_, "MPI_Comm_idup");
@@ -84,6 +84,7 @@ void Comm::wait(MPI_Request* request, const std::string& what, StallLimits limit
 }
 
 void Comm::barrier(const std::string& what, StallLimits limits, const std::function<std::uint64_t()>& progress) {
+  check_process(process_, rank_);
   HVD_AGN_EXPECTS(
       !given_up_, StallError, "[rank ", rank_, "] hvd_agn: ", what,
       ", which cannot be: this rank gave up an earlier wait for all ranks. End the job and start it again.");

@@ -80,7 +80,7 @@ class Comm {
   StallLimits limits() const { return limits_; }
 
   /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train. After one
-  /// that was given up, every later one throws StallError at once.
+  /// that was given up, every later one throws StallError at once; in a forked child, UsageError.
   void barrier(const std::string& what) { barrier(what, limits_, nullptr); }
   /// `progress`: a count that shows that the others are at work; the stall limits run from its last change.
   void barrier(const std::string& what, StallLimits limits, const std::function<std::uint64_t()>& progress);
@@ -97,6 +97,7 @@ class Comm {
   MPI_Comm node_ = MPI_COMM_NULL;
   int rank_ = -1, size_ = 0, node_rank_ = -1, node_size_ = 0;
   bool given_up_ = false;
+  pid_t process_;
   std::vector<int> nodes_;
 };
 

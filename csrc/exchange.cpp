@@ -1,7 +1,5 @@
 #include "exchange.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -16,7 +14,7 @@ namespace hvd_agn {
 
 namespace {
 
-constexpr std::size_t kCacheBytes = std::size_t{32} << 20;  // more than a rank's share of a cache
+constexpr std::size_t kPastCacheBytes = std::size_t{32} << 20;  // more than a rank's share of a cache
 
 /// Adds the life of the object to a sum of seconds.
 class Timed {
@@ -36,8 +34,7 @@ class Timed {
 }  // namespace
 
 Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
-    : process_(getpid()),
-      center_(std::move(center)),
+    : center_(std::move(center)),
       buffers_(std::move(buffers)),
       options_(options),
       leave_{center_.get(), center_->enter_client()} {
@@ -54,7 +51,7 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
     anchor_bytes_ += round_up(bytes, Layout::kAlignment);
     push_bytes_ += bytes;
   }
-  past_cache_ = push_bytes_ > kCacheBytes;
+  past_cache_ = push_bytes_ > kPastCacheBytes;
   anchor_.reset(new std::byte[anchor_bytes_]);
   use_huge_pages(anchor_.get(), anchor_bytes_);
   if (options_.overlap) {
@@ -77,13 +74,15 @@ Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Opti
 }
 
 Client::~Client() {
-  // A forked child has no such thread, and would wait for it for ever.
-  if (getpid() != process_) new std::future<std::size_t>(std::move(flight_));
+  if (center_->forked()) {  // where the thread is not: what waits for it, the future's destructor too, must not run
+    static_cast<void>(new std::future<std::size_t>(std::move(flight_)));
+    return;
+  }
   if (flight_.valid()) flight_.wait();
 }
 
 std::unique_lock<std::mutex> Client::enter() const {
-  check_process(process_, center_->rank());  // first: another thread may have held the mutex at the fork
+  center_->check_process();  // first: another thread may have held the mutex at the fork
   std::unique_lock<std::mutex> guard(mutex_);
   HVD_AGN_EXPECTS(!closed_, UsageError, "[rank ", center_->rank(),
                   "] this worker has left the center: used after close().");
@@ -98,7 +97,7 @@ std::unique_lock<std::mutex> Client::enter_grounded(const char* call) const {
 }
 
 void Client::close() {
-  if (getpid() != process_) return;
+  if (center_->forked()) return;
   const std::lock_guard<std::mutex> guard(mutex_);
   if (flight_.valid()) flight_.wait();
   closed_ = true;
@@ -291,7 +290,7 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
   }
   const bool refused = range == Range::nonfinite;
   if (refused)  // the rule overflowed: the block stays as it was, and this worker takes it over
-    range = copy_block(index, block.data(), shard.slot_stride(), !from_snapshot_, true);
+    range = copy_block(index, block.data(), shard.slot_stride(), !from_snapshot_, true, false);
   else
     block.commit(version + 1);
   received(index, refused ? version : version + 1, true, refused, range);
@@ -331,7 +330,7 @@ Range Client::push_staged(Shard& shard, const Shard::Block& block, std::size_t i
   // Only now, when no part can fail any more.
   drop_sums(index, false);
   if (range == Range::nonfinite) return range;
-  return std::max(range, copy_block(index, block.spare(), shard.slot_stride(), !from_snapshot_, true));
+  return std::max(range, copy_block(index, block.spare(), shard.slot_stride(), !from_snapshot_, true, false));
 }
 
 void Client::received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range) {
@@ -353,7 +352,7 @@ void Client::received(std::size_t block, std::uint64_t version, bool pushed, boo
 // ---- pulls
 
 Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta,
-                         bool with_anchor) {
+                         bool with_anchor, bool past_cache) {
   const Layout& layout = center_->layout();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
@@ -363,7 +362,7 @@ Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t s
                      nullptr,
                      slot_stride,
                      part->count};
-    range = std::max(range, kernels().pull(buffers_[part->segment].dtype, p, past_cache_));
+    range = std::max(range, kernels().pull(buffers_[part->segment].dtype, p, past_cache));
   }
   return range;
 }
@@ -378,7 +377,7 @@ void Client::copy_all(bool theta, bool with_anchor) {
     for (const auto& shard : center_->shards()) {
       for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
         const Shard::Block block = shard->lock(b);
-        const Range range = copy_block(b, block.data(), shard->slot_stride(), theta, with_anchor);
+        const Range range = copy_block(b, block.data(), shard->slot_stride(), theta, with_anchor, past_cache_);
         if (with_anchor) received(b, block.version(), false, false, range);
       }
     }

@@ -1,8 +1,6 @@
 // The worker's end: its arrays, its anchor, and the exchange with the center.
 #pragma once
 
-#include <sys/types.h>
-
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -130,7 +128,8 @@ class Client {
   Range push_fused(Shard& shard, const Shard::Block& block, std::size_t index, const Push& push);
   Range push_staged(Shard& shard, const Shard::Block& block, std::size_t index, Push push);
   void copy_all(bool theta, bool anchor);
-  Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor);
+  Range copy_block(std::size_t block, const std::byte* from, std::size_t slot_stride, bool theta, bool anchor,
+                   bool past_cache);
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
 
   // exchange_overlap.cpp
@@ -161,7 +160,6 @@ class Client {
   Range take(const Message& head, const std::byte* payload, bool theta, bool anchor);
   std::byte* residual(std::size_t block) const;
 
-  pid_t process_;             // a forked child has neither the mailbox's thread nor the background's
   mutable std::mutex mutex_;  // one call at a time
   bool closed_ = false;
   std::shared_ptr<Center> center_;

@@ -116,7 +116,7 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
   const Layout& layout = center_->layout();
   Range range = Range::normal;
   if (!head.half_values && !head.difference) {
-    range = copy_block(head.block, payload, layout.block_bytes(), theta, with_anchor);
+    range = copy_block(head.block, payload, layout.block_bytes(), theta, with_anchor, past_cache_);
   } else {
     for (const Layout::Part* part = layout.begin(head.block); part != layout.end(head.block); ++part) {
       const DType dtype = buffers_[part->segment].dtype;

@@ -57,7 +57,8 @@ struct Kernels {
   void (*damp)(DType, const Piece&, std::size_t moved, double sum_of_weights);
   /// The same sum in `out`: `kept` of it, and the rest of (out - in)^2. Returns its range.
   Range (*remember)(DType center, const Piece&, std::size_t moved, double kept);
-  /// theta = in and anchor = in, unless null. Returns the range of `in`. `past_cache`: for arrays that no cache holds.
+  /// theta = in and anchor = in, unless null. Returns the range of `in`. `past_cache`: around the cache, but
+  /// for half types.
   Range (*pull)(DType, const Piece&, bool past_cache);
   /// As memcpy(), past the cache.
   void (*copy)(const void* from, void* to, std::size_t bytes);

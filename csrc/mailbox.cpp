@@ -143,6 +143,7 @@ Mailbox::~Mailbox() {
 }
 
 void Mailbox::await_thread() {
+  check_process(process_, rank_);
   StallWatch watch(limits_, rank_);
   for (std::uint64_t seen = mpi_calls_; seen % 2 == 1 && mpi_calls_ == seen;) {
     std::this_thread::sleep_for(kNap);

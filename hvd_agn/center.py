@@ -394,8 +394,8 @@ class Center:
             CheckpointError: on every rank; the file is missing, damaged, or of other arrays or a rule with other
                 slots.
             UsageError: an exchange is under way in the background.
-            StallError: a wait for the others lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. This rank cannot call
-                ``load()`` again, and ends without ``MPI_Finalize``.
+            StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. If it was for the other ranks, this
+                one cannot call ``load()`` again, and its process ends without ``MPI_Finalize``.
         """
         native = self._open()
         if self._owner is not None:

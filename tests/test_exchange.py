@@ -218,7 +218,7 @@ def test_arrays_that_no_cache_holds(kernels, monkeypatch):
     inner = [whole[1 + i : 1 + i + n] for i, (whole, n) in enumerate(zip(around, sizes, strict=True))]
     for array, value in zip(inner, values, strict=True):
         array[:] = value
-    center = Center(inner)
+    center = Center(inner, overlap=True)
     other = center.client([value.copy() for value in values])
     for array in other._arrays:
         array += 3
@@ -232,6 +232,14 @@ def test_arrays_that_no_cache_holds(kernels, monkeypatch):
     assert center.exchange(1)  # from the anchor that the pull has set
     np.testing.assert_array_equal(inner[0], values[0] + 3)
     np.testing.assert_array_equal(inner[1], values[1] + 2)
+    center.arrays_client.start(1)  # of the arrays as they are now
+    for array in inner:
+        array += 5
+    assert center.arrays_client.finish()
+    assert other.exchange(1)
+    assert center.exchange(1)
+    np.testing.assert_array_equal(inner[0], values[0] + 8)
+    np.testing.assert_array_equal(inner[1], values[1] + 7)
 
 
 def test_a_rule_that_overflows_leaves_its_block():

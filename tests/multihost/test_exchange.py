@@ -156,12 +156,13 @@ def test_a_stopped_host_is_named_and_given_up_on(hosts, rma):
 
 
 HOST_STAYS_STOPPED = """
-import os, signal, sys, time
+import contextlib, os, signal, sys, time
 import numpy
 from mpi4py import MPI
 os.environ["HVD_AGN_STALL_SECONDS"] = "0.5"
 os.environ["HVD_AGN_STALL_ABORT_SECONDS"] = "1" if MPI.COMM_WORLD.rank == 1 else "0"
 from hvd_agn import Center
+from hvd_agn.errors import StallError
 center = Center([numpy.zeros(1000000, numpy.float32)])
 if center.rank == 0:
     open(sys.argv[1], "w").write(str(os.getpid()))
@@ -169,16 +170,21 @@ pids = MPI.COMM_WORLD.allgather(os.getpid())
 if center.rank == 0:
     time.sleep(600)
 os.kill(pids[0], signal.SIGSTOP)
+if sys.argv[2] == "load":
+    with contextlib.suppress(StallError):
+        center.exchange(1)
+    center.load("nowhere")
 center.exchange(1)
 """
 # Whoever ends first kills the stopped host, for which a launcher may wait.
 THEN_KILL_THE_HOST = '"$@"; echo "rank $PMI_RANK$OMPI_COMM_WORLD_RANK: exit status $?"; kill -9 $(cat "$0")'
 
 
-def test_a_worker_whose_host_stays_stopped_ends(hosts, rma, tmp_path):
+@pytest.mark.parametrize("call", ["exchange", "load"])
+def test_a_worker_whose_host_stays_stopped_ends(hosts, rma, call, tmp_path):
     """With an error of its own, though MPI_Finalize and the windows would wait for the host without a limit."""
     pid = str(tmp_path / "pid")
-    command = ["sh", "-c", THEN_KILL_THE_HOST, pid, sys.executable, "-c", HOST_STAYS_STOPPED, pid]
+    command = ["sh", "-c", THEN_KILL_THE_HOST, pid, sys.executable, "-c", HOST_STAYS_STOPPED, pid, call]
     done = launch.run_ranks(2, command, timeout=60, hosts=hosts)
     assert "rank 1: exit status 1" in done.stdout
     assert "StallError: [rank 1] hvd_agn: waits" in done.stderr
