@@ -172,8 +172,8 @@ void* Center::memory_of(std::size_t shard) const {
 }
 
 Center::~Center() {
-  if (mailbox_ && mailbox_->forked()) mailbox_.release();  // its thread, and what that waits on, are not here
-  mailbox_.reset();                                        // its thread uses the memory
+  if (forked()) mailbox_.release();  // its thread, and what that waits on, are not here
+  mailbox_.reset();                  // its thread uses the memory
   if (private_) munmap(private_, private_bytes_);
 }
 

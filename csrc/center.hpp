@@ -45,8 +45,9 @@ class Center {
   Mailbox* mailbox() const { return remote_.empty() ? nullptr : mailbox_.get(); }
   /// First block and end of each shard that is reached by mailbox.
   const std::vector<std::pair<std::size_t, std::size_t>>& remote() const { return remote_; }
-  /// Whether this is a child that was forked from the process which made the center; UsageError if it is.
+  /// Whether this is a child that was forked from the process which made the center.
   bool forked() const { return getpid() != process_; }
+  /// UsageError in such a child.
   void check_process() const { hvd_agn::check_process(process_, rank_); }
   /// The least number that no client of this process has, for its messages: a host remembers things by it.
   std::uint32_t enter_client();

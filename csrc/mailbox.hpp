@@ -10,7 +10,6 @@
 #pragma once
 
 #include <mpi.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -100,9 +99,6 @@ class Mailbox {
   void cancel(Transfer& transfer);
   /// begin() and wait(), and cancel() should that fail.
   void run(Transfer& transfer);
-
-  /// Whether this is a child that was forked from the process which has the thread.
-  bool forked() const { return getpid() != process_; }
 
   /// Bytes of this rank's rings.
   std::size_t bytes() const { return bytes_; }
