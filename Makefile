@@ -43,7 +43,7 @@ bench: environment
 lint: environment
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
-	$(RUN) clang-format --dry-run --Werror csrc/*
+	$(RUN) clang-format --dry-run --Werror csrc/*/*
 	$(RUN) mypy
 	@mkdir -p build
 	$(RUN) python -m nanobind.stubgen -q -m hvd_agn._core -o build/_core.pyi
@@ -60,7 +60,7 @@ environment: $(VENV)/.installed
 # The MPI comes first: the core is built against it. All else is declared in pyproject.toml. The wheel of mpi4py does
 # not find every MPI, Debian's MPICH for one: then mpi4py is built, which takes minutes, and not taken from pip's cache,
 # which may be of another MPI.
-$(VENV)/.installed: constraints.txt pyproject.toml CMakeLists.txt Makefile $(wildcard csrc/*)
+$(VENV)/.installed: constraints.txt pyproject.toml CMakeLists.txt Makefile $(wildcard csrc/*/*)
 	@command -v tc > /dev/null || sh -c '$(IPROUTE2)' > /dev/null 2>&1 || echo "no iproute2: multihost tests will skip"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(WHEEL),$(if $(findstring ==,$(WHEEL)),$(filter-out PIP_CONSTRAINT=%,$(PIP)),$(PIP)) install $(WHEEL))

@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hvd_agn import bench, config, launch
-from hvd_agn.hosts import EmulatedHosts
+from hvd_agn import config
+from hvd_agn.tools import bench, launch
+from hvd_agn.tools.hosts import EmulatedHosts
 
 EXAMPLE = str(Path(__file__).parents[1] / "examples/torch_mnist.py")
 COLUMNS: bench.Columns = (

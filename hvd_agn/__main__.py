@@ -27,11 +27,11 @@ def main() -> int:
     arguments = parser.parse_args()
 
     if arguments.command == "check":
-        from . import check
+        from .tools import check
 
         return check.main()
-    from . import bench as benchmarks
-    from . import bench_hosts
+    from .tools import bench as benchmarks
+    from .tools import bench_hosts
 
     try:
         if arguments.bench == "exchange":

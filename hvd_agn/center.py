@@ -1,7 +1,7 @@
 """The center, free of any framework: arrays are NumPy's or anything with DLPack.
 
-No array data is touched here. The work is in the native core: ``csrc/exchange.cpp`` for a worker's end,
-``csrc/center.cpp`` for the shared memory.
+No array data is touched here. The work is in the native core: ``csrc/center/exchange.cpp`` for a worker's end,
+``csrc/center/center.cpp`` for the shared memory.
 """
 
 import itertools
@@ -300,13 +300,16 @@ class Center:
             raise LayoutError(f"{self.label}: a client's arrays have shapes {shapes}, the center's {self._shapes}.")
         try:
             made = Client(
-                self,
+                self._open(),
                 names,
                 values,
+                label=self.label,
+                rule=self.rule,
                 on_nonfinite=self._on_nonfinite,
                 wire_dtype=self._wire_dtype,
                 overlap=self._overlap,
                 gradients=self._gradients,
+                on_close=self._clients.remove,
             )
         except ValueError as error:
             raise LayoutError(f"{self.label}: {error}.") from error

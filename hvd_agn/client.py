@@ -4,15 +4,13 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from . import _core
 from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError
-
-if TYPE_CHECKING:
-    from .center import Center
+from .rules import Rule
 
 
 class Stats(TypedDict):
@@ -48,27 +46,32 @@ class Client:
 
     def __init__(
         self,
-        center: "Center",
+        center: _core.Center,
         names: Sequence[str],
         arrays: Sequence[Any],
         *,
+        label: str,
+        rule: Rule,
         on_nonfinite: str,
         wire_dtype: str | None,
         overlap: bool,
         gradients: bool,
+        on_close: "Callable[[Client], None]",
     ) -> None:
-        self._center = center
+        self._label = label
+        self._rule = rule
+        self._on_close = on_close
         self._names = list(names)
         self._arrays = list(arrays)
         self._on_nonfinite = on_nonfinite
         self._blocks_refused = 0
         self._native: _core.Client | None = _core.Client(
-            center._open(), register(names, arrays), wire_dtype or "none", overlap, gradients
+            center, register(names, arrays), wire_dtype or "none", overlap, gradients
         )
 
     def _open(self) -> _core.Client:
         if self._native is None:
-            raise UsageError(f"{self._center.label}: used after close().")
+            raise UsageError(f"{self._label}: used after close().")
         return self._native
 
     def accumulate(self, gradients: Sequence[Any]) -> None:
@@ -87,11 +90,11 @@ class Client:
             for name, gradient in zip(self._names, gradients, strict=False)
         ]
         if len(gradients) != len(self._names):
-            raise LayoutError(f"{self._center.label}: {len(gradients)} gradients for {len(self._names)} arrays.")
+            raise LayoutError(f"{self._label}: {len(gradients)} gradients for {len(self._names)} arrays.")
         try:
             self._open().accumulate(buffers)
         except ValueError as error:
-            raise LayoutError(f"{self._center.label}: {error}.") from None
+            raise LayoutError(f"{self._label}: {error}.") from None
 
     def accumulators(self) -> list[np.ndarray]:
         """What is accumulated for each array, in its shape and the center's type: the memory itself.
@@ -141,14 +144,14 @@ class Client:
             refused = exchange(native)
         except RuleError as error:
             raise RuleError(
-                f"{self._center.label}: {error}. The blocks concerned stay as they were; what was to be pushed to them "
+                f"{self._label}: {error}. The blocks concerned stay as they were; what was to be pushed to them "
                 "goes into the next exchange."
             ) from None
         if refused < 0:
             self._warn_of_refused_blocks(native.blocks_refused)
             return True
         text = (
-            f"{self._center.label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
+            f"{self._label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
             f"refused and the center is untouched ({native.stats()['pushes_refused']} so far on this rank). "
         )
         if self._on_nonfinite == "raise":
@@ -166,7 +169,7 @@ class Client:
         refused, self._blocks_refused = count - self._blocks_refused, count
         if refused > 0:
             warnings.warn(
-                f"{self._center.label}: {self._center.rule} overflowed in {refused} blocks of the center. They stay as "
+                f"{self._label}: {self._rule} overflowed in {refused} blocks of the center. They stay as "
                 "they were, and this worker's update of them is dropped. Check the learning rate.",
                 RuleOverflowWarning,
                 stacklevel=5,
@@ -185,13 +188,13 @@ class Client:
         self._open().start(steps, self._rate(lr))
 
     def _rate(self, lr: float | None) -> float:
-        if (lr is None) == self._center.rule.follows:
+        if (lr is None) == self._rule.follows:
             what = "needs the worker's learning rate: give lr=" if lr is None else "has its own learning rate: no lr="
-            raise UsageError(f"{self._center.label}: {self._center.rule} {what}.")
+            raise UsageError(f"{self._label}: {self._rule} {what}.")
         if lr is None:
             return 0.0
         if not (isinstance(lr, numbers.Real) and 0 <= lr < float("inf")):
-            raise UsageError(f"{self._center.label}: lr={lr!r}: give a finite number, 0 or more.")
+            raise UsageError(f"{self._label}: lr={lr!r}: give a finite number, 0 or more.")
         return float(lr)
 
     @property
@@ -243,11 +246,11 @@ class Client:
         """
         buffer = _buffer(self._names[index], array)
         if tuple(array.shape) != tuple(self._arrays[index].shape):
-            raise LayoutError(f"{self._center.label}: {self._names[index]!r} cannot change its shape.")
+            raise LayoutError(f"{self._label}: {self._names[index]!r} cannot change its shape.")
         try:
             self._open().bind(index, buffer)
         except ValueError as error:
-            raise LayoutError(f"{self._center.label}: {self._names[index]!r}: {error}.") from None
+            raise LayoutError(f"{self._label}: {self._names[index]!r}: {error}.") from None
         self._arrays[index] = array
 
     def read_anchor(self, index: int, out: Any) -> None:
@@ -289,7 +292,7 @@ class Client:
         self._native.close()
         self._native = None
         self._arrays = []
-        self._center._clients.remove(self)
+        self._on_close(self)
 
 
 def register(names: Sequence[str], arrays: Sequence[Any]) -> list[_core.Buffer]:

@@ -4,15 +4,22 @@ import atexit
 import os
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from . import _core
 from .errors import StallError
 
-if TYPE_CHECKING:
-    from .center import Center
 
-centers: list["Center"] = []  # open, in order of creation
+class Closing(Protocol):
+    """A center, as its end sees it."""
+
+    label: str
+
+    def close(self) -> None:
+        """Push what is left, and let go."""
+
+
+centers: list[Closing] = []  # open, in order of creation
 finished: list[tuple[int, _core.Comm, _core.Center]] = []  # closed; their windows go at exit, which is collective
 missing: list[str] = []  # centers for which a rank did not come
 _process = os.getpid()

@@ -39,6 +39,14 @@ def stderr_to(path):
             os.close(kept)
 
 
+def limits(rank):
+    """Only this rank gives up; the others may wait for it however long it takes."""
+    from mpi4py import MPI
+
+    os.environ["HVD_AGN_STALL_SECONDS"] = "0.3"
+    os.environ["HVD_AGN_STALL_ABORT_SECONDS"] = "1" if MPI.COMM_WORLD.rank == rank else "0"
+
+
 class Host:
     """Rank 1's hold on rank 0, through files: rank 0's main thread is not in MPI while it has nothing to do."""
 

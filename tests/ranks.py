@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from hvd_agn.hosts import EmulatedHosts
+    from hvd_agn.tools.hosts import EmulatedHosts
 
 TIMEOUT = 120.0
 _OUTLIVED = "TEST_RANK_IS_OUTLIVED"
@@ -42,7 +42,7 @@ def on_ranks(
     ``expect_death``: a rank may end without a result (None stands in its place), and the others must go on.
     ``hosts``: run there, in blocks of ranks, instead of on this machine.
     """
-    from hvd_agn.launch import run_ranks
+    from hvd_agn.tools.launch import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="hvd_agn_job_") as name:
         job = Path(name)

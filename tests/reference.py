@@ -235,6 +235,20 @@ class ReferenceClient:
         self.seen = self.center.pushes
 
 
+class OverlapClient(ReferenceClient):
+    """The reference, with an exchange of a snapshot."""
+
+    def start(self, steps):
+        kept = [a.copy() for a in self.arrays]
+        self.exchange(steps)
+        self.taken, self.arrays[:] = self.arrays[:], kept
+        self.snapshot = [a.copy() for a in kept]
+
+    def finish(self):
+        for theta, c, s in zip(self.arrays, self.taken, self.snapshot, strict=True):
+            theta[...] = (wide(theta) + (wide(c) - wide(s))).astype(theta.dtype)
+
+
 class ReferenceBlocks:
     """A center in blocks like the core's, each with a count of its own: a :class:`ReferenceCenter` of the parts in it.
 

@@ -1,9 +1,10 @@
 """What the center does with a pushed delta.
 
-A rule is an immutable description; the arithmetic is in the native core (``csrc/rules.hpp``) and runs inside the fused
-pass over each block. ``delta = (theta - anchor) / k`` is the mean update of a worker over its k local steps. Rules that
-are optimizers take ``g = -delta`` as their gradient (Douillard et al. 2023, arXiv 2311.08105, algorithm 1), and ``t``
-is the number of pushes that the block has had, this one among them. Slots live at the center; all workers share them.
+A rule is an immutable description; the arithmetic is in the native core (``csrc/kernels/rules.hpp``) and runs inside
+the fused pass over each block. ``delta = (theta - anchor) / k`` is the mean update of a worker over its k local steps.
+Rules that are optimizers take ``g = -delta`` as their gradient (Douillard et al. 2023, arXiv 2311.08105, algorithm 1),
+and ``t`` is the number of pushes that the block has had, this one among them. Slots live at the center; all workers
+share them.
 """
 
 from .base import FOLLOW, STALENESS, Rule, whole

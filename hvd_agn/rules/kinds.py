@@ -1,4 +1,4 @@
-"""The rules. Their arithmetic is in ``csrc/kernels_rules.hpp``."""
+"""The rules. Their arithmetic is in ``csrc/kernels/kernels_rules.hpp``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

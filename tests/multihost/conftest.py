@@ -3,7 +3,7 @@
 import pytest
 
 from hvd_agn import _core
-from hvd_agn import hosts as emulated
+from hvd_agn.tools import hosts as emulated
 
 
 @pytest.fixture(scope="session")

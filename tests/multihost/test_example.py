@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hvd_agn import launch
+from hvd_agn.tools import launch
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples/torch_mnist.py")
 

@@ -1,4 +1,4 @@
-"""What tests/test_mailbox*.py and test_overlap.py check on one machine, between hosts, and jobs that use both paths."""
+"""Between hosts: what the tests of mailboxes and of overlap check on one machine, and jobs that use both paths."""
 
 import os
 import re
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mailboxes import state, stderr_to, wait_until
+from exchanges import DTYPES, ONE_BLOCK, conserve, interleave_all, move_about, refuse
+from mailbox_ends import FAILS_AT_ONCE, block_the_host
+from mailboxes import limits, state, stderr_to, wait_until
+from overlaps import DOUBLES, overlap_and_count
 from ranks import on_ranks
-from test_mailbox import ONE_BLOCK, check_wires, conserve, interleave_all, move_about, refuse
-from test_mailbox_ends import FAILS_AT_ONCE, block_the_host, limits
-from test_overlap import DOUBLES, DTYPES, overlap_and_count
-from test_overlap_torch import train_and_end
+from training_overlap import train_and_end
+from wires import check_wires
 
-from hvd_agn import Center, _core, launch
+from hvd_agn import Center, _core
 from hvd_agn.errors import LaunchError, MPIError, StallError
+from hvd_agn.tools import launch
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from ranks import on_ranks
 
-from hvd_agn import _core, errors, launch
-from hvd_agn.hosts import EmulatedHosts
+from hvd_agn import _core, errors
+from hvd_agn.tools import launch
+from hvd_agn.tools.hosts import EmulatedHosts
 
 
 def where():
@@ -193,7 +194,7 @@ def test_the_hosts_are_removed_after_an_exception_with_what_runs_there(hosts):
 def test_hosts_of_a_killed_harness_are_removed_by_the_next(hosts):
     code = """
 import os, signal, subprocess
-from hvd_agn.hosts import EmulatedHosts
+from hvd_agn.tools.hosts import EmulatedHosts
 with EmulatedHosts(1) as hosts:
     print(hosts.names[0], flush=True)
     subprocess.Popen(hosts.command(0, ["sleep", "600"]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
