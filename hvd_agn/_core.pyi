@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import enum
 from typing import Annotated
 
+import numpy
 from numpy.typing import NDArray
 
 
@@ -98,6 +99,10 @@ class Buffer:
 
     def __init__(self, array: Annotated[NDArray, dict(device='cpu')]) -> None: ...
 
+    @staticmethod
+    def of_bfloat16(bits: Annotated[NDArray[numpy.uint16], dict(order='C', device='cpu')]) -> Buffer:
+        """For an array library that has the type and does not pass it on."""
+
     @property
     def address(self) -> int: ...
 
@@ -127,6 +132,8 @@ class Client:
 
     def bind(self, index: int, buffer: Buffer) -> None: ...
 
+    def unbind(self) -> None: ...
+
     def exchange(self, steps: float, exact: bool, lr: float) -> int:
         """Index of the array whose delta was refused, or -1."""
 
@@ -150,9 +157,9 @@ class Client:
 
     def peek(self) -> None: ...
 
-    def read_anchor(self, index: int, values: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+    def read_anchor(self, index: int, values: Buffer) -> None: ...
 
-    def write_anchor(self, index: int, values: Annotated[NDArray, dict(device='cpu')]) -> None: ...
+    def write_anchor(self, index: int, values: Buffer) -> None: ...
 
     def close(self) -> None: ...
 
@@ -169,6 +176,15 @@ class Client:
 
     @property
     def extra_bytes(self) -> int: ...
+
+def op_enter(client: Client, decides: Callable) -> int:
+    """A number by which ops find a worker."""
+
+def op_leave(number: int) -> None:
+    """Ops find it no more."""
+
+def op_calls() -> int:
+    """Address of what ops call."""
 
 def widen(buffers: Sequence[Buffer], arrays: Sequence[Annotated[NDArray, dict(device='cpu')]]) -> None:
     """Copies buffers to arrays in the center's dtypes."""

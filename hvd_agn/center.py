@@ -49,6 +49,9 @@ class Owner(Protocol):
     def pull(self) -> None:
         """Take over the center: it was loaded."""
 
+    def closed(self) -> None:
+        """The center has closed."""
+
 
 class Center:
     """Shared parameters in memory that their hosts expose, and this rank's client of them.
@@ -455,6 +458,8 @@ class Center:
                 self._comm.free()
             self._native = None
             shutdown.centers.remove(self)
+            if owner is not None:
+                owner.closed()
 
     def __enter__(self) -> "Center":
         return self

@@ -2,14 +2,13 @@
 
 import itertools
 import numbers
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
 from . import _core
-from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError
+from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError, warn
 from .rules import Rule
 
 
@@ -73,6 +72,11 @@ class Client:
         if self._native is None:
             raise UsageError(f"{self._label}: used after close().")
         return self._native
+
+    @property
+    def native(self) -> _core.Client:
+        """The core's client, for ops that call it."""
+        return self._open()
 
     def accumulate(self, gradients: Sequence[Any]) -> None:
         """Add a local step's gradients to those since the last exchange; for ``accumulate="gradients"``.
@@ -157,22 +161,20 @@ class Client:
         if self._on_nonfinite == "raise":
             raise NonFiniteError(text + "The parameters are left as they are; pull() sets them to the center.")
         native.pull()
-        warnings.warn(
+        warn(
             text + "The parameters are set back to the center. Check the loss, the learning rate and, if it goes on, "
             "the state of the local optimizer.",
             NonFiniteWarning,
-            stacklevel=4,
         )
         return False
 
     def _warn_of_refused_blocks(self, count: int) -> None:
         refused, self._blocks_refused = count - self._blocks_refused, count
         if refused > 0:
-            warnings.warn(
+            warn(
                 f"{self._label}: {self._rule} overflowed in {refused} blocks of the center. They stay as "
                 "they were, and this worker's update of them is dropped. Check the learning rate.",
                 RuleOverflowWarning,
-                stacklevel=5,
             )
 
     def start(self, steps: float = 1, *, lr: float | None = None) -> None:
@@ -253,13 +255,18 @@ class Client:
             raise LayoutError(f"{self._label}: {self._names[index]!r}: {error}.") from None
         self._arrays[index] = array
 
+    def unbind(self) -> None:
+        """The arrays are nowhere from now on: they are the variables of a framework, whose ops bring them."""
+        self._open().unbind()
+        self._arrays = []
+
     def read_anchor(self, index: int, out: Any) -> None:
         """Copy the anchor of array ``index`` to ``out``, an array like it."""
-        self._open().read_anchor(index, out)
+        self._open().read_anchor(index, _buffer(self._names[index], out))
 
     def write_anchor(self, index: int, values: Any) -> None:
         """Set the anchor of array ``index`` to ``values``, an array like it."""
-        self._open().write_anchor(index, values)
+        self._open().write_anchor(index, _buffer(self._names[index], values))
 
     def stats(self) -> Stats:
         """What this client has done so far."""
@@ -311,6 +318,8 @@ def register(names: Sequence[str], arrays: Sequence[Any]) -> list[_core.Buffer]:
 
 def _buffer(name: str, array: Any) -> _core.Buffer:
     try:
+        if isinstance(array, np.ndarray) and array.dtype.name == "bfloat16":  # of ml_dtypes: NumPy knows but its size
+            return _core.Buffer.of_bfloat16(array.view(np.uint16))
         return _core.Buffer(array)
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
         reason = str(error).split("\n")[0]

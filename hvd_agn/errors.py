@@ -1,8 +1,17 @@
 """Every exception and warning that hvd_agn raises, one type per kind. The native core raises these too."""
 
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
 
 class AGNError(Exception):
     """Base of all errors of hvd_agn."""
+
+    # Not that of a second base: TensorFlow's autograph makes an error anew, with the place in the user's code, and does
+    # so with the same class only if that has no __init__ but Exception's.
+    if not TYPE_CHECKING:
+        __init__ = Exception.__init__
 
 
 class ConfigError(AGNError, ValueError):
@@ -55,3 +64,14 @@ class RuleOverflowWarning(NonFiniteWarning):
 
 class StalenessWarning(RuntimeWarning):
     """More workers per period than published runs of AGN train well with."""
+
+
+_FRAMEWORKS = ("hvd_agn.", "torch.", "tensorflow.", "keras.")
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn, at the line of the user's code that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_FRAMEWORKS):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(message, category, stacklevel=level)

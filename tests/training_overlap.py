@@ -33,7 +33,7 @@ def count(period=4, dtype=torch.float32, **options):
 
 def settle(opt):
     """What is under way has ended, and waits to be merged."""
-    wait_until(lambda: opt._client.ready or not opt._client.started, "the exchange in the background")
+    wait_until(lambda: opt._worker.client.ready or not opt._worker.client.started, "the exchange in the background")
 
 
 def steps(opt, n):

@@ -111,6 +111,53 @@ void Client::bind(std::size_t segment, const Buffer& buffer) {
   own.data = buffer.data;
 }
 
+void Client::bind_all(const std::vector<const void*>& data, std::vector<void*> results) {
+  const auto guard = enter();
+  HVD_AGN_EXPECTS(data.size() == buffers_.size() && (results.empty() || results.size() == data.size()),
+                  std::invalid_argument, "the center has ", buffers_.size(), " arrays, not ", data.size());
+  for (std::size_t s = 0; s < data.size(); ++s) buffers_[s].data = const_cast<void*>(data[s]);
+  results_ = std::move(results);
+  bound_ = true;
+}
+
+void Client::unbind() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  copy_to_results();
+  for (Buffer& buffer : buffers_) buffer.data = nullptr;
+  bound_ = false;
+}
+
+void Client::check_bound(const char* call) const {
+  HVD_AGN_EXPECTS(bound_, UsageError, "[rank ", center_->rank(), "] ", call,
+                  " of a client whose arrays are an optimizer's variables: call the optimizer's own.");
+}
+
+std::byte* Client::target(const Layout::Part& part) const {
+  if (results_.empty()) return source(part);
+  return static_cast<std::byte*>(results_[part.segment]) + part.first * item_size(buffers_[part.segment].dtype);
+}
+
+void Client::settle_results() {
+  if (results_.empty()) return;
+  const Layout& layout = center_->layout();
+  for (std::size_t b = 0; b < layout.blocks(); ++b) {
+    for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part)
+      if (progress_[b] != Progress::done || !active(*part, false))
+        std::memcpy(target(*part), source(*part), part->count * item_size(buffers_[part->segment].dtype));
+  }
+  for (std::size_t s = 0; s < buffers_.size(); ++s) buffers_[s].data = results_[s];
+  results_.clear();
+}
+
+void Client::copy_to_results() {
+  for (std::size_t s = 0; s < results_.size(); ++s) {
+    const std::size_t bytes = buffers_[s].count * item_size(buffers_[s].dtype);
+    if (bytes > 0) std::memcpy(results_[s], buffers_[s].data, bytes);
+    buffers_[s].data = results_[s];
+  }
+  results_.clear();
+}
+
 std::byte* Client::source(const Layout::Part& part) const {
   const Buffer& buffer = buffers_[part.segment];
   const std::size_t offset = part.first * item_size(buffer.dtype);
@@ -200,15 +247,18 @@ double Client::clipped(double steps) const {
 std::size_t Client::exchange(double steps, bool exact, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("exchange()");
+  check_bound("exchange()");
   if (options_.gradients) choose_active(exact);
   std::size_t refused = kAccepted;
   try {
     refused = exchange_all(steps, exact, lr);
   } catch (...) {
     for (std::size_t b = 0; b < pushed_.size(); ++b) pushed_[b] |= progress_[b] != Progress::untouched;
+    settle_results();
     throw;
   }
   if (refused == kAccepted) {
+    settle_results();
     std::fill(touched_.begin(), touched_.end(), std::uint8_t{0});
     std::fill(pushed_.begin(), pushed_.end(), std::uint8_t{0});
   }
@@ -305,8 +355,15 @@ Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t in
       exchange_gradient(shard, block, *part, push, &range);
       continue;
     }
-    range = std::max(range, kernels().exchange(buffers_[part->segment].dtype, center_->rule(), push, from_snapshot_,
+    const DType dtype = buffers_[part->segment].dtype;
+    range = std::max(range, kernels().exchange(dtype, center_->rule(), push, from_snapshot_ || !results_.empty(),
                                                piece(*part, block.data(), block.spare())));
+    if (results_.empty() || from_snapshot_) continue;
+    const std::size_t bytes = part->count * item_size(dtype);  // the anchor is in the cache
+    if (past_cache_)
+      kernels().copy(anchor(*part), target(*part), bytes);
+    else
+      std::memcpy(target(*part), anchor(*part), bytes);
   }
   return range;
 }
@@ -356,7 +413,7 @@ Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t s
   const Layout& layout = center_->layout();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
-    const Piece p = {theta && active(*part, false) ? source(*part) : nullptr,
+    const Piece p = {theta && active(*part, false) ? target(*part) : nullptr,
                      with_anchor ? anchor(*part) : nullptr,
                      from + part->block_offset,
                      nullptr,
@@ -369,6 +426,7 @@ Range Client::copy_block(std::size_t block, const std::byte* from, std::size_t s
 
 void Client::copy_all(bool theta, bool with_anchor) {
   const Timed timed(&stats_.seconds, &counts_mutex_);
+  copy_to_results();  // for what is not reached, should this be cut short
   next_range_ = Range::normal;
   Mailbox* mailbox = center_->mailbox();
   PullTransfer pull(*this, theta, with_anchor);
@@ -393,6 +451,7 @@ void Client::copy_all(bool theta, bool with_anchor) {
 
 void Client::pull() {
   const auto guard = enter_grounded("pull()");
+  check_bound("pull()");
   std::fill(active_.begin(), active_.end(), kTouched);
   copy_all(true, true);
   drop_gradients();
@@ -410,6 +469,7 @@ void Client::forget() {
 
 void Client::peek() {
   const auto guard = enter_grounded("peek()");
+  check_bound("peek()");
   std::fill(active_.begin(), active_.end(), kTouched);
   copy_all(true, false);
 }

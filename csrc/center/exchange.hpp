@@ -58,6 +58,12 @@ class Client {
 
   /// The segment's storage has moved. invalid_argument unless count and dtype are as they were.
   void bind(std::size_t segment, const Buffer& buffer);
+  /// For arrays that move between calls: all of them are at `data` until unbind(), and what the first call that changes
+  /// them makes of them goes to `results`, where they are from then on. Without `results` they are changed in place.
+  void bind_all(const std::vector<const void*>& data, std::vector<void*> results);
+  /// The arrays are nowhere; until the next bind_all() no call that needs them is possible. `results` that no call has
+  /// filled get the arrays as they are.
+  void unbind();
 
   /// With Options::gradients: adds a gradient of each segment, null where there is none. A segment that has had none
   /// since its last push takes no part in the next exchange. invalid_argument if one does not match its buffer.
@@ -118,6 +124,10 @@ class Client {
 
   std::unique_lock<std::mutex> enter() const;
   std::unique_lock<std::mutex> enter_grounded(const char* call) const;
+  void check_bound(const char* call) const;
+  std::byte* target(const Layout::Part& part) const;
+  void settle_results();
+  void copy_to_results();
   std::size_t first_block(std::size_t begin, std::size_t end) const;
   bool finite_block(std::size_t block, std::size_t* segment) const;
   std::size_t find_nonfinite() const;
@@ -164,6 +174,8 @@ class Client {
   bool closed_ = false;
   std::shared_ptr<Center> center_;
   std::vector<Buffer> buffers_;
+  bool bound_ = true;
+  std::vector<void*> results_;  // by segment: where new values go, until they are there; empty: to the buffers
   Options options_;
   struct Leave {
     Center* center;

@@ -130,7 +130,7 @@ void Client::exchange_gradient(Shard& shard, const Shard::Block& block, const La
   *range = std::max(*range, kernels().apply(layout.dtype(part), center_->rule(), push, sum));
   const Piece p = piece(part, nullptr, nullptr);
   const Piece taken = {
-      from_snapshot_ ? nullptr : p.theta, p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0, part.count};
+      from_snapshot_ ? nullptr : target(part), p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0, part.count};
   if (*range != Range::nonfinite)
     *range = std::max(*range, kernels().pull(buffers_[part.segment].dtype, taken, past_cache_));
   std::memset(sum.theta, 0, layout.bytes(part));

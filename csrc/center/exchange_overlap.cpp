@@ -8,6 +8,7 @@ namespace hvd_agn {
 void Client::start(double steps, double lr) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("start()");
+  check_bound("start()");
   HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
   for (std::size_t s = 0; s < buffers_.size(); ++s) {
     const std::size_t bytes = buffers_[s].count * item_size(buffers_[s].dtype);
@@ -55,6 +56,7 @@ void Client::settle_untouched() {
 std::size_t Client::finish() {
   const auto guard = enter();
   HVD_AGN_EXPECTS(flight_.valid(), UsageError, "[rank ", center_->rank(), "] finish() without start().");
+  check_bound("finish()");
   std::size_t refused = kAccepted;
   std::exception_ptr failure;
   try {
@@ -64,6 +66,7 @@ std::size_t Client::finish() {
   }
   from_snapshot_ = false;
   started_ = false;
+  copy_to_results();
   if (refused == kAccepted) {
     for (std::size_t s = 0; s < buffers_.size(); ++s) {
       if (options_.gradients && !active_[s]) continue;

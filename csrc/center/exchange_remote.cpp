@@ -128,7 +128,7 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
       } else if (with_anchor) {
         std::memcpy(anchor(*part), payload, bytes);
       }
-      if (theta && active(*part, false)) std::memcpy(source(*part), values, bytes);
+      if (theta && active(*part, false)) std::memcpy(target(*part), values, bytes);
       range = std::max(range, kernels().scan(dtype, values, part->count));
       payload += wire_bytes(layout.dtype(*part), head.answer_wire, part->count);
     }

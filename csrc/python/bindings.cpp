@@ -12,6 +12,7 @@
 #include "center/exchange.hpp"
 #include "kernels/limit.hpp"
 #include "mpi/comm.hpp"
+#include "python/op_calls.hpp"
 #include "python/python_function.hpp"
 
 namespace nb = nanobind;
@@ -74,12 +75,11 @@ std::vector<std::vector<void*>> planes(const Center& center, const std::vector<s
   return result;
 }
 
-Buffer anchor_buffer(const Client& client, std::size_t segment, const Array& values) {
-  const Buffer given = buffer_of(values);
+void* anchor_values(const Client& client, std::size_t segment, const Buffer& given) {
   const Buffer& own = client.buffers().at(segment);
   HVD_AGN_EXPECTS(given.count == own.count && given.dtype == own.dtype, std::invalid_argument, "array ", segment,
                   " does not match the registered one in size or type");
-  return given;
+  return given.data;
 }
 
 Wire wire_of(const std::string& name) {
@@ -282,6 +282,12 @@ void bind_client(nb::module_& m) {
   nb::class_<Buffer>(m, "Buffer", "Address, size and type of a contiguous array.")
       .def(
           "__init__", [](Buffer* self, const Array& array) { new (self) Buffer(buffer_of(array)); }, "array"_a)
+      .def_static(
+          "of_bfloat16",
+          [](const nb::ndarray<std::uint16_t, nb::c_contig, nb::device::cpu>& bits) {
+            return Buffer{bits.data(), bits.size(), DType::bf16};
+          },
+          "bits"_a, "For an array library that has the type and does not pass it on.")
       .def_prop_ro("address", [](const Buffer& self) { return reinterpret_cast<std::uintptr_t>(self.data); })
       .def_ro("count", &Buffer::count)
       .def_prop_ro("nbytes", [](const Buffer& self) { return self.count * item_size(self.dtype); })
@@ -316,6 +322,7 @@ void bind_client(nb::module_& m) {
           "index"_a, "What is accumulated for an array, flat; the memory itself.")
       .def("touch", &Client::touch, "segments"_a, Release())
       .def("bind", &Client::bind, "index"_a, "buffer"_a, Release())
+      .def("unbind", &Client::unbind, Release())
       .def(
           "exchange",
           [](Client& self, double steps, bool exact, double lr) { return refusal(self.exchange(steps, exact, lr)); },
@@ -331,20 +338,16 @@ void bind_client(nb::module_& m) {
       .def("peek", &Client::peek, Release())
       .def(
           "read_anchor",
-          [](const Client& self, std::size_t index, const Array& values) {
-            const Buffer to = anchor_buffer(self, index, values);
-            const nb::gil_scoped_release release;
-            self.read_anchor(index, to.data);
+          [](const Client& self, std::size_t index, const Buffer& values) {
+            self.read_anchor(index, anchor_values(self, index, values));
           },
-          "index"_a, "values"_a)
+          "index"_a, "values"_a, Release())
       .def(
           "write_anchor",
-          [](Client& self, std::size_t index, const Array& values) {
-            const Buffer from = anchor_buffer(self, index, values);
-            const nb::gil_scoped_release release;
-            self.write_anchor(index, from.data);
+          [](Client& self, std::size_t index, const Buffer& values) {
+            self.write_anchor(index, anchor_values(self, index, values));
           },
-          "index"_a, "values"_a)
+          "index"_a, "values"_a, Release())
       .def("close", &Client::close, Release())
       .def("stats", &stats_dict)
       .def_prop_ro("blocks_refused", &Client::blocks_refused)
@@ -360,6 +363,7 @@ NB_MODULE(_core, m) {
   bind_comm(m);
   bind_center(m);
   bind_client(m);
+  register_op_calls(m);
 
   m.def("widen", &widen, "buffers"_a, "arrays"_a, "Copies buffers to arrays in the center's dtypes.");
   nb::enum_<Stage>(m, "Stage", "Places of a pass at which a test can stop the process.")

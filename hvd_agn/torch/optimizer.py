@@ -3,27 +3,16 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
-import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import config, rules
-from ..center import Center
 from ..client import Stats
-from ..errors import (
-    AGNError,
-    CheckpointError,
-    ConfigError,
-    LayoutError,
-    NonFiniteWarning,
-    RuleOverflowWarning,
-    StalenessWarning,
-    UsageError,
-)
+from ..errors import CheckpointError, LayoutError, UsageError
+from ..worker import Settings, Worker
 from .parameters import Parameters
 
 if TYPE_CHECKING:
@@ -97,82 +86,36 @@ class AGNOptimizer(torch.optim.Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer.")
         if isinstance(optimizer, AGNOptimizer):
             raise TypeError("optimizer is an AGNOptimizer already: wrap the optimizer inside it.")
-        if isinstance(communication_period, bool) or not isinstance(communication_period, int):
-            raise ConfigError(f"communication_period={communication_period!r}: give a whole number of steps.")
-        if communication_period < 1:
-            raise ConfigError(f"communication_period={communication_period}: give 1 or more.")
+        settings = Settings(
+            communication_period=communication_period,
+            rule=rule,
+            normalize=normalize,
+            accumulate=accumulate,
+            overlap=overlap,
+            comm=comm,
+            center_ranks=center_ranks,
+            transport=transport,
+            wire_dtype=wire_dtype,
+            on_nonfinite=on_nonfinite,
+            name=name,
+        )
         # What unpickling an optimizer does: it sets up hooks and profiling without touching groups or state, which are
         # the wrapped optimizer's. Optimizer.__init__ would make its own.
         super().__setstate__({})
         self.optimizer = optimizer
         """The wrapped optimizer."""
-        self.communication_period = communication_period
-
-        self._overlap = overlap
-        self._normalize = normalize
-        self._gradients = accumulate == "gradients"
-        self._steps_since_exchange = 0
-        self._steps_under_way = 0
-        """Of the exchange in the background."""
-        self._steps = 0
-        self._viewing_center = False
-        self._layout_changed = False
-        tensors: dict[str, torch.Tensor] = {}
-        failed: AGNError | None = None
-        try:
-            if rule is None and self._gradients:
-                rule = rules.SGD(0.0)  # stands in, should the next line fail
-                rule = rules.like(optimizer, lr=rules.FOLLOW)
-            if isinstance(rule, rules.Rule) and rule.follows:
-                _learning_rate(optimizer)
-            if not normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
-                raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")
-            self._parameters = Parameters(optimizer, named_parameters)
-            tensors = {e.name: e.tensor for e in self._parameters.exchanged}
-        except (ConfigError, LayoutError) as error:  # the center tells the other ranks
-            failed = error
-        self.center = Center(
-            tensors,
-            rule,
-            comm,
-            center_ranks=center_ranks,
-            transport=transport,
-            wire_dtype=wire_dtype,
-            overlap=overlap,
-            accumulate=accumulate,
-            on_nonfinite=on_nonfinite,
-            name=name,
-            failed=failed,
+        self._worker = Worker(
+            settings, optimizer, lambda: Parameters(optimizer, named_parameters), lambda: _learning_rates(optimizer)
         )
+        self.center = self._worker.center
         """The :class:`hvd_agn.Center`: save, load, snapshot."""
-        self._client = self.center.arrays_client
-        self._sums = [torch.from_numpy(sums) for sums in self._client.accumulators()] if self._gradients else []
-        self._parameters.write_back()
-        self.center.own(self)
-        self._warn_if_stale()
+        sums = self._worker.client.accumulators() if settings.gradients else []
+        self._sums = [torch.from_numpy(each) for each in sums]
 
-    def _warn_if_stale(self) -> None:
-        factor = self.center.rule.factor
-        if factor is None or self._gradients or self.center.rule.staleness != rules.STALENESS[0]:
-            return
-        moves = factor * self.center.size  # mean updates that the center moves by in a period
-        if not self._normalize:
-            moves *= self.communication_period
-        ratio = moves / self.communication_period
-        if ratio > config.STALENESS_LIMIT and self.center.rank == 0:
-            period = math.ceil(moves / config.STALENESS_LIMIT)
-            longer = f"communication_period={period} or more, or "
-            if not self._normalize:
-                helps = moves / self.communication_period**2 <= config.STALENESS_LIMIT
-                longer = "normalize=True, or " if helps else ""
-            warnings.warn(
-                f"{self.center.label}: {self.center.size} workers, a communication period of "
-                f"{self.communication_period} and {self.center.rule} move the center by {ratio:.1f} mean updates per "
-                f"step; published runs of AGN diverge above about 2.5. Use {longer}"
-                f"a rule with {factor * config.STALENESS_LIMIT / ratio:.2g} for {factor:g}.",
-                StalenessWarning,
-                stacklevel=3,
-            )
+    @property
+    def communication_period(self) -> int:
+        """Local steps between two exchanges."""
+        return self._worker.settings.communication_period
 
     # ---- what torch, schedulers and scalers see
 
@@ -244,20 +187,14 @@ class AGNOptimizer(torch.optim.Optimizer):
             LayoutError: a parameter has changed its shape, type or ties, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
-        self.check_open("step()")
-        if self._client.ready:
-            self._land()
-        if self._gradients:
+        worker = self._worker
+        worker.before_step()
+        if self._sums:
             loss = self._step_and_accumulate(closure)
         else:
             loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
-        self._steps += 1
-        self._steps_since_exchange += 1
-        if self._steps_since_exchange >= self.communication_period:
-            self._exchange()
+        worker.stepped()
         return loss
-
-    # ---- exchange
 
     def _step_and_accumulate(self, closure: Callable[[], float] | None) -> Any:
         """With the gradients as they are before the wrapped optimizer works on them, of a closure's last call."""
@@ -268,7 +205,7 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         def evaluate() -> float:
             loss = closure()
-            kept[:] = [None if p.grad is None else p.grad.clone() for p in self._parameters.sources()]
+            kept[:] = [None if p.grad is None else p.grad.clone() for p in self._worker.arrays.sources()]
             return loss
 
         loss = self.optimizer.step(evaluate)
@@ -277,10 +214,12 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def _accumulate(self, gradients: Sequence[torch.Tensor | None] | None = None) -> None:
         try:
-            touched = self._parameters.add_gradients(self._sums, gradients)
+            touched = self._worker.arrays.add_gradients(self._sums, gradients)
         except LayoutError as error:
             raise LayoutError(f"{self.center.label}: {error}") from None
-        self._client.touch(touched)
+        self._worker.client.touch(touched)
+
+    # ---- exchange
 
     def flush(self) -> None:
         """Push the steps taken since the last exchange, if any, and pull. Waits for no other worker.
@@ -289,48 +228,18 @@ class AGNOptimizer(torch.optim.Optimizer):
 
         What ``wire_dtype`` has rounded away so far is pushed too.
         """
-        self.check_open("flush()")
-        self._land()
-        if self._steps_since_exchange > 0 or self._client.owes:
-            self._exchange_now(exact=True)
-
-    def before_load(self) -> None:
-        """For ``Center.load``: end the exchange under way; UsageError inside ``center_weights()``."""
-        self.check_open("Center.load()")
-        self._land()
+        self._worker.flush()
 
     def pull(self) -> None:
         """Set the parameters to the center. Steps not yet pushed are dropped; ``flush()`` keeps them."""
-        self.check_open("pull()")
-        self._land()
-        self._read()
-        try:
-            self._client.pull()
-        finally:  # also when it was cut short: what was pulled has its anchor
-            self._parameters.write_back()
-        self._steps_since_exchange = 0
+        self._worker.pull()
 
-    @contextmanager
-    def center_weights(self) -> Iterator[None]:
+    def center_weights(self) -> AbstractContextManager[None]:
         """Within the context the parameters are the center's, for evaluation; then they are the local ones again.
 
         Takes a copy of the parameters for as long. Buffers, such as those of batch norm, stay local.
         """
-        self.check_open("center_weights()")
-        self._land()
-        with torch.no_grad():
-            local = [e.parameter.detach().clone() for e in self._parameters.exchanged]
-        self._read()
-        try:
-            self._client.peek()
-            self._parameters.write_back()
-            self._viewing_center = True
-            yield
-        finally:
-            self._viewing_center = False
-            with torch.no_grad():
-                for e, value in zip(self._parameters.exchanged, local, strict=True):
-                    e.parameter.copy_(value)
+        return self._worker.center_weights()
 
     def center_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` with the center's values for the parameters that are exchanged, to save or to load.
@@ -341,9 +250,9 @@ class AGNOptimizer(torch.optim.Optimizer):
         Returns:
             Tensors of the parameters' own dtype and device; buffers and other parameters are the model's.
         """
-        self.check_open("center_state_dict()")
+        self._worker.check_open("center_state_dict()")
         center = self.center.snapshot()
-        names = self._parameters.names()
+        names = self._worker.arrays.names()
         state = model.state_dict()
         for key, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in names and key in state:
@@ -353,19 +262,15 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def stats(self) -> Stats:
         """What this worker has exchanged so far, see :class:`hvd_agn.Stats`."""
-        self.check_open("stats()")
-        return self._client.stats()
+        self._worker.check_open("stats()")
+        return self._worker.client.stats()
 
     def close(self) -> None:
         """Push what is left and let go of the center; the wrapped optimizer can be used on. Waits for nobody.
 
         A second call does nothing. At exit it is called for you.
         """
-        if self._viewing_center:
-            self.check_open("close()")
-        if self._layout_changed:  # step() has said that they cannot be pushed
-            self.center.own(None)
-        self.center.close()
+        self._worker.close()
         self._sums = []  # which keep the core's memory
 
     def __enter__(self) -> "AGNOptimizer":
@@ -373,73 +278,6 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def check_open(self, call: str) -> None:
-        """Raise UsageError after ``close()`` or inside ``center_weights()``; ``call`` is named in the message."""
-        if self._viewing_center:
-            raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
-        self.center.check_open()
-
-    def _read(self) -> None:
-        self._layout_changed = True
-        try:
-            self._parameters.read(self._client)
-        except LayoutError as error:
-            raise LayoutError(f"{self.center.label}: {error}") from None
-        self._layout_changed = False
-
-    def _exchange(self) -> None:
-        if not self._overlap:
-            self._exchange_now(exact=False)
-            return
-        self._land()
-        if self._steps_since_exchange == 0:  # the one before was refused, and the steps since with it
-            return
-        self._read()
-        self._client.start(self._divisor(), lr=self._rate())
-        self._steps_under_way, self._steps_since_exchange = self._steps_since_exchange, 0
-
-    def _exchange_now(self, *, exact: bool) -> None:
-        self._read()
-        try:
-            self._client.exchange(self._divisor(), exact=exact, lr=self._rate())
-        except NonFiniteWarning:  # made an error by a filter: the parameters are the center's all the same
-            self._steps_since_exchange = 0
-            raise
-        finally:
-            self._parameters.write_back()
-        self._steps_since_exchange = 0
-
-    def _divisor(self) -> int:
-        return max(self._steps_since_exchange, 1) if self._normalize else 1
-
-    def _rate(self) -> float | None:
-        """For a rule that follows it."""
-        if not self.center.rule.follows:
-            return None
-        try:
-            return _learning_rate(self.optimizer)
-        except ConfigError as error:
-            raise ConfigError(f"{self.center.label}: {error}") from None
-
-    def _land(self) -> None:
-        """End the exchange in the background, if there is one: wait for it, and merge what it brought."""
-        if not self._client.started:
-            return
-        self._read()
-        try:
-            accepted = self._client.finish()
-        except NonFiniteWarning as warning:  # as above
-            if not isinstance(warning, RuleOverflowWarning):  # of an exchange that was accepted
-                self._steps_since_exchange = 0
-            raise
-        except AGNError:  # what was not pushed is still in the parameters
-            self._steps_since_exchange += self._steps_under_way
-            raise
-        finally:
-            self._parameters.write_back()
-        if not accepted:
-            self._steps_since_exchange = 0
 
     # ---- checkpoints
 
@@ -449,29 +287,20 @@ class AGNOptimizer(torch.optim.Optimizer):
         The center is saved by ``opt.center.save(path)``. With ``overlap`` this ends the exchange under way, which
         changes the parameters: call it, or :meth:`flush`, before the model is copied or the center saved.
         """
-        self.check_open("state_dict()")
-        self._land()
+        worker = self._worker
+        worker.check_open("state_dict()")
+        worker.land()
         anchor = {}
-        for index, e in enumerate(self._parameters.exchanged):
+        for index, e in enumerate(worker.arrays.exchanged):
             anchor[e.name] = torch.empty(e.shape, dtype=e.dtype)
-            self._client.read_anchor(index, anchor[e.name])
-        return {
-            **self.optimizer.state_dict(),
-            _STATE_KEY: {
-                "rank": self.center.rank,
-                "size": self.center.size,
-                "steps": self._steps,
-                "steps_since_exchange": self._steps_since_exchange,
-                "power": self._client.power,
-                "anchor": anchor,
-                **self._saved_sums(),
-            },
-        }
+            worker.client.read_anchor(index, anchor[e.name])
+        own = {**worker.counters(), "anchor": anchor, **self._saved_sums()}
+        return {**self.optimizer.state_dict(), _STATE_KEY: own}
 
     def _saved_sums(self) -> dict[str, Any]:
-        if not self._gradients:
+        if not self._sums:
             return {}
-        parts = zip(self._parameters.exchanged, self._sums, self._client.touched, strict=True)
+        parts = zip(self._worker.arrays.exchanged, self._sums, self._worker.client.touched, strict=True)
         return {"gradients": {e.name: sums.clone() for e, sums, touched in parts if touched}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -484,15 +313,14 @@ class AGNOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: the anchor is of other parameters; nothing was restored.
         """
-        self.check_open("load_state_dict()")
-        self._land()
+        worker = self._worker
+        worker.check_open("load_state_dict()")
+        worker.land()
         inner = dict(state_dict)
         own = inner.pop(_STATE_KEY, None)
-        mine = own is not None and (own["rank"], own["size"]) == (self.center.rank, self.center.size)
-        mine = mine and ("gradients" in own) == self._gradients
         if own is not None:
             found = {name: (value.shape, value.dtype) for name, value in own["anchor"].items()}
-            expected = {e.name: (e.shape, e.dtype) for e in self._parameters.exchanged}
+            expected = {e.name: (e.shape, e.dtype) for e in worker.arrays.exchanged}
             for name in expected.keys() | found.keys():
                 if found.get(name) != expected.get(name):
                     raise CheckpointError(
@@ -502,29 +330,20 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.optimizer.load_state_dict(inner)
         if own is None:
             return
-        self._steps = own["steps"]
-        if not mine:
-            self.pull()
+        if not worker.owns(own) or ("gradients" in own) != bool(self._sums):
+            worker.steps = own["steps"]
+            worker.pull()
             return
-        self._steps_since_exchange = own["steps_since_exchange"]
-        self._client.power = own.get("power", 0.0)
-        self._client.forget()
-        if self._gradients:
-            saved = [own.get("gradients", {}).get(e.name) for e in self._parameters.exchanged]
+        worker.restore(own)
+        if self._sums:
+            saved = [own["gradients"].get(e.name) for e in worker.arrays.exchanged]
             for sums, value in zip(self._sums, saved, strict=True):
                 if value is not None:
                     sums.copy_(value)
-            self._client.touch([value is not None for value in saved])
-        for index, e in enumerate(self._parameters.exchanged):
-            self._client.write_anchor(index, own["anchor"][e.name].detach().cpu().contiguous())
+            worker.client.touch([value is not None for value in saved])
+        for index, e in enumerate(worker.arrays.exchanged):
+            worker.client.write_anchor(index, own["anchor"][e.name].detach().cpu().contiguous())
 
 
-def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The one of all parameter groups, for a rule that follows it."""
-    rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
-    if len(rates) != 1:
-        found = f"the parameter groups have {sorted(rates)}" if rates else "this optimizer has none"
-        raise ConfigError(
-            f"the rule follows one learning rate, {found}. Give the rule a number, or wrap one optimizer per group."
-        )
-    return rates.pop()
+def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]

@@ -66,6 +66,21 @@ class Parameters:
                 raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
         _refuse_shared(self.exchanged)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name -> contiguous CPU tensor of each parameter that takes part."""
+        return {e.name: e.tensor for e in self.exchanged}
+
+    @torch.no_grad()
+    def copy(self) -> list[torch.Tensor]:
+        """Their values, to be put back."""
+        return [e.parameter.detach().clone() for e in self.exchanged]
+
+    @torch.no_grad()
+    def put_back(self, copy: list[torch.Tensor]) -> None:
+        """Set them to what :meth:`copy` returned."""
+        for e, value in zip(self.exchanged, copy, strict=True):
+            e.parameter.copy_(value)
+
     def names(self) -> dict[int, str]:
         """id of a parameter -> the name by which the center has it."""
         own = {id(e.parameter): e.name for e in self.exchanged}

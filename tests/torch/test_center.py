@@ -174,7 +174,7 @@ def test_a_look_or_pull_that_is_cut_short_changes_nothing_at_the_center(part, mo
     p = nn.Parameter(torch.zeros(4, 3).t())
     opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 5)
     push(opt, 10.0)
-    client = opt._client
+    client = opt._worker.client
     native = {"pull": client.pull, "center_weights": client.peek}[part]
 
     def cut_short():

@@ -68,7 +68,9 @@ def test_a_resumed_run_is_bit_identical(overlap, tmp_path):
         for step in range(first, last):
             backward(model, step)
             opt.step()
-            wait_until(lambda: opt._client.ready or not opt._client.started, "the exchange in the background")
+            wait_until(
+                lambda: opt._worker.client.ready or not opt._worker.client.started, "the exchange in the background"
+            )
 
     model, opt = wrapped(overlap=overlap)
     train(model, opt, 0, 5)

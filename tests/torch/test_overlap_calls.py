@@ -59,7 +59,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(before, tmp_path):
             settle(opt)
 
     train(model, opt, 0, 8 if before == "between" else 9)
-    assert opt._client.started == (before != "between")
+    assert opt._worker.client.started == (before != "between")
     if before == "flush":
         opt.flush()
     state = opt.state_dict()  # first: it ends the flight

@@ -26,7 +26,7 @@ def poison(p, opt):
         p[7] = float("nan")
     opt.step()
     settle(opt)
-    assert opt._client.started
+    assert opt._worker.client.started
 
 
 def test_a_refused_flight_warns_at_the_next_step():
@@ -94,7 +94,7 @@ def hold_a_flight():
         wait_for_stop(opt, pids[1])
         for _ in range(2):
             opt.step()  # the first begins a flight, during which local steps go on
-        assert not opt._client.ready
+        assert not opt._worker.client.ready
         with pytest.raises(StallError, match=r"waits for block 1, locked by rank 1.*given up"):
             opt.step()
         os.kill(pids[1], signal.SIGCONT)

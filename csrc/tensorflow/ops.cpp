@@ -1,0 +1,298 @@
+// TensorFlow ops that call the core, on TensorFlow's C API alone. Values go in as tensors; new values come out in
+// buffers of the worker's pool, and the graph assigns them: what is written through a value that was read would be lost
+// where a variable copies on reading, as it does after a sparse update.
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tensorflow/c_api.hpp"
+#include "tensorflow/calls.hpp"
+#include "tensorflow/pool.hpp"
+
+namespace hvd_agn {
+namespace {
+
+constexpr std::size_t kTextBytes = 4096;
+const CoreCalls* core = nullptr;
+
+// ---- what the C API gives as pointers that are to be deleted
+
+struct Status {
+  TF_Status* const status = TF_NewStatus();
+  Status() = default;
+  Status(const Status&) = delete;
+  Status& operator=(const Status&) = delete;
+  ~Status() { TF_DeleteStatus(status); }
+  operator TF_Status*() const { return status; }
+  bool ok() const { return TF_GetCode(status) == TF_OK; }
+};
+
+struct Tensor {
+  TF_Tensor* tensor = nullptr;
+  Tensor() = default;
+  explicit Tensor(TF_Tensor* tensor) : tensor(tensor) {}
+  Tensor(Tensor&& other) noexcept : tensor(std::exchange(other.tensor, nullptr)) {}
+  Tensor& operator=(Tensor&&) = delete;
+  ~Tensor() {
+    if (tensor) TF_DeleteTensor(tensor);
+  }
+};
+
+void fail(TF_OpKernelContext* context, const char* text) {
+  const Status status;
+  TF_SetStatus(status, TF_INTERNAL, text);
+  TF_OpKernelContext_Failure(context, status);
+}
+
+void fail_with_kept(TF_OpKernelContext* context, std::int64_t worker) {
+  char text[kTextBytes];
+  core->raise(worker, text, sizeof text);
+  fail(context, text);
+}
+
+// ---- pools, by worker
+
+std::mutex pools_mutex;
+std::map<std::int64_t, std::shared_ptr<Pool>> pools;
+
+std::shared_ptr<Pool> pool_of(std::int64_t worker) {
+  const std::lock_guard<std::mutex> lock(pools_mutex);
+  auto& pool = pools[worker];
+  if (!pool) pool = std::make_shared<Pool>();
+  return pool;
+}
+
+// ---- attributes, inputs, outputs
+
+struct Attributes {
+  std::int64_t worker = 0;
+  std::string call;
+  std::vector<std::int64_t> places;  // of gradients among the arrays
+  std::int64_t arrays = 0;
+};
+
+std::string text_attribute(TF_OpKernelConstruction* construction, const char* name, TF_Status* status) {
+  std::int32_t list = 0, size = 0;
+  TF_OpKernelConstruction_GetAttrSize(construction, name, &list, &size, status);
+  if (TF_GetCode(status) != TF_OK) return {};
+  std::string text(static_cast<std::size_t>(size), '\0');
+  TF_OpKernelConstruction_GetAttrString(construction, name, text.data(), text.size(), status);
+  return text;
+}
+
+template <bool kCall, bool kPlaces>
+void* create(TF_OpKernelConstruction* construction) {
+  const Status status;
+  auto made = std::make_unique<Attributes>();
+  TF_OpKernelConstruction_GetAttrInt64(construction, "worker", &made->worker, status);
+  if (kCall && status.ok()) made->call = text_attribute(construction, "call", status);
+  if (kPlaces && status.ok()) {
+    std::int32_t list = 0, size = 0;
+    TF_OpKernelConstruction_GetAttrInt64(construction, "arrays", &made->arrays, status);
+    if (status.ok()) TF_OpKernelConstruction_GetAttrSize(construction, "places", &list, &size, status);
+    made->places.resize(static_cast<std::size_t>(list));
+    if (status.ok())
+      TF_OpKernelConstruction_GetAttrInt64List(construction, "places", made->places.data(), list, status);
+  }
+  if (!status.ok()) TF_OpKernelConstruction_Failure(construction, status);
+  return made.release();
+}
+
+void remove(void* kernel) {
+  delete static_cast<Attributes*>(kernel);
+}
+
+Tensor input(TF_OpKernelContext* context, int index, TF_Status* status) {
+  Tensor tensor;
+  TF_GetInput(context, index, &tensor.tensor, status);
+  return tensor;
+}
+
+template <class T>
+T scalar(TF_OpKernelContext* context, int index, TF_Status* status) {
+  const Tensor tensor = input(context, index, status);
+  return TF_GetCode(status) == TF_OK ? *static_cast<const T*>(TF_TensorData(tensor.tensor)) : T{};
+}
+
+template <class T>
+void set_scalar(TF_OpKernelContext* context, int index, TF_DataType type, T value, TF_Status* status) {
+  const Tensor tensor(TF_AllocateOutput(context, index, type, nullptr, 0, sizeof value, status));
+  if (TF_GetCode(status) == TF_OK) *static_cast<T*>(TF_TensorData(tensor.tensor)) = value;
+}
+
+/// A tensor like another, in memory of the pool.
+Tensor like(const Tensor& tensor, Pool& pool) {
+  std::vector<std::int64_t> shape(static_cast<std::size_t>(TF_NumDims(tensor.tensor)));
+  for (std::size_t d = 0; d < shape.size(); ++d) shape[d] = TF_Dim(tensor.tensor, static_cast<int>(d));
+  const std::size_t bytes = TF_TensorByteSize(tensor.tensor);
+  return Tensor(TF_NewTensor(TF_TensorType(tensor.tensor), shape.data(), static_cast<int>(shape.size()),
+                             pool.take(bytes), bytes, &Pool::give_back, nullptr));
+}
+
+// ---- the ops
+
+/// HvdAgnExchange: the last inputs are the updates since the last exchange and the learning rate, the last outputs
+/// those updates after it and whether an error is kept; HvdAgnRaise raises it when the new values have been assigned,
+/// so that none is lost.
+void exchange(void* kernel, TF_OpKernelContext* context) try {
+  const auto& attributes = *static_cast<const Attributes*>(kernel);
+  const Status status;
+  const int count = TF_NumInputs(context) - 2;
+  const auto pool = pool_of(attributes.worker);
+  std::vector<Tensor> values, results;
+  std::vector<OpArray> arrays;
+  for (int i = 0; i < count && status.ok(); ++i) {
+    values.push_back(input(context, i, status));
+    if (!status.ok()) break;
+    results.push_back(like(values.back(), *pool));
+    arrays.push_back({TF_TensorData(values.back().tensor), TF_TensorData(results.back().tensor),
+                      TF_TensorByteSize(values.back().tensor)});
+  }
+  auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
+  const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
+  if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
+  const bool failed =
+      core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since);
+  for (int i = 0; i < count && status.ok(); ++i) TF_SetOutput(context, i, results[i].tensor, status);
+  if (status.ok()) set_scalar(context, count, TF_INT64, since, status);
+  if (status.ok()) set_scalar(context, count + 1, TF_BOOL, static_cast<unsigned char>(failed), status);
+  if (!status.ok()) TF_OpKernelContext_Failure(context, status);
+} catch (const std::exception& error) {
+  fail(context, error.what());
+}
+
+/// HvdAgnStart: as HvdAgnExchange, for a call that changes no values.
+void start(void* kernel, TF_OpKernelContext* context) try {
+  const auto& attributes = *static_cast<const Attributes*>(kernel);
+  const Status status;
+  const int count = TF_NumInputs(context) - 2;
+  std::vector<Tensor> values;
+  std::vector<OpArray> arrays;
+  for (int i = 0; i < count && status.ok(); ++i) {
+    values.push_back(input(context, i, status));
+    if (status.ok())
+      arrays.push_back({TF_TensorData(values.back().tensor), nullptr, TF_TensorByteSize(values.back().tensor)});
+  }
+  auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
+  const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
+  if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
+  if (core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since))
+    return fail_with_kept(context, attributes.worker);
+  set_scalar(context, 0, TF_INT64, since, status);
+  if (!status.ok()) TF_OpKernelContext_Failure(context, status);
+} catch (const std::exception& error) {
+  fail(context, error.what());
+}
+
+/// HvdAgnAccumulate: gradients of the arrays in `places`, of `arrays` arrays in all.
+void accumulate(void* kernel, TF_OpKernelContext* context) try {
+  const auto& attributes = *static_cast<const Attributes*>(kernel);
+  const Status status;
+  std::vector<Tensor> gradients;
+  std::vector<OpArray> arrays(static_cast<std::size_t>(attributes.arrays));
+  for (int i = 0; i < TF_NumInputs(context) && status.ok(); ++i) {
+    gradients.push_back(input(context, i, status));
+    if (!status.ok()) break;
+    const TF_Tensor* gradient = gradients.back().tensor;
+    arrays.at(static_cast<std::size_t>(attributes.places.at(i))) = {TF_TensorData(gradient), nullptr,
+                                                                    TF_TensorByteSize(gradient)};
+  }
+  if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
+  if (core->accumulate(attributes.worker, arrays.data(), arrays.size())) fail_with_kept(context, attributes.worker);
+} catch (const std::exception& error) {
+  fail(context, error.what());
+}
+
+/// HvdAgnReady: whether there is something to merge.
+void ready(void* kernel, TF_OpKernelContext* context) {
+  const auto& attributes = *static_cast<const Attributes*>(kernel);
+  const Status status;
+  const bool due = scalar<unsigned char>(context, 0, status) != 0;
+  if (status.ok())
+    set_scalar(context, 0, TF_BOOL, static_cast<unsigned char>(core->ready(attributes.worker, due)), status);
+  if (!status.ok()) TF_OpKernelContext_Failure(context, status);
+}
+
+/// HvdAgnRaise: the error that was kept, if there is one.
+void raise(void* kernel, TF_OpKernelContext* context) {
+  const Status status;
+  const bool failed = scalar<unsigned char>(context, 0, status) != 0;
+  if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
+  if (failed) fail_with_kept(context, static_cast<const Attributes*>(kernel)->worker);
+}
+
+// ---- shapes
+
+void scalar_shape(TF_ShapeInferenceContext* context, int index, TF_Status* status) {
+  TF_ShapeHandle* shape = TF_ShapeInferenceContextScalar(context);
+  TF_ShapeInferenceContextSetOutput(context, index, shape, status);
+  TF_DeleteShapeHandle(shape);
+}
+
+void exchange_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
+  const int count = static_cast<int>(TF_ShapeInferenceContextNumInputs(context)) - 2;
+  for (int i = 0; i < count && TF_GetCode(status) == TF_OK; ++i) {
+    TF_ShapeHandle* shape = TF_NewShapeHandle();
+    TF_ShapeInferenceContextGetInput(context, i, shape, status);
+    if (TF_GetCode(status) == TF_OK) TF_ShapeInferenceContextSetOutput(context, i, shape, status);
+    TF_DeleteShapeHandle(shape);
+  }
+  for (int i = count; i < count + 2 && TF_GetCode(status) == TF_OK; ++i) scalar_shape(context, i, status);
+}
+
+void one_scalar(TF_ShapeInferenceContext* context, TF_Status* status) {
+  scalar_shape(context, 0, status);
+}
+
+void no_shapes(TF_ShapeInferenceContext*, TF_Status*) {}
+
+// ---- registration, when the library is loaded
+
+void define(const char* name, const std::vector<const char*>& attributes, const std::vector<const char*>& inputs,
+            const std::vector<const char*>& outputs, void (*shapes)(TF_ShapeInferenceContext*, TF_Status*),
+            void* (*create)(TF_OpKernelConstruction*), void (*compute)(void*, TF_OpKernelContext*)) {
+  const Status status;
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(name);
+  for (const char* spec : attributes) TF_OpDefinitionBuilderAddAttr(op, spec);
+  for (const char* spec : inputs) TF_OpDefinitionBuilderAddInput(op, spec);
+  for (const char* spec : outputs) TF_OpDefinitionBuilderAddOutput(op, spec);
+  TF_OpDefinitionBuilderSetIsStateful(op, true);
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, shapes);
+  TF_RegisterOpDefinition(op, status);
+  TF_RegisterKernelBuilder(name, TF_NewKernelBuilder(name, "CPU", create, compute, &remove), status);
+}
+
+#define HVD_AGN_FLOATS "T: list({float, double, half, bfloat16}) >= "
+
+const bool defined = [] {
+  define("HvdAgnExchange", {HVD_AGN_FLOATS "1", "worker: int", "call: string"},
+         {"values: T", "since: int64", "rate: double"}, {"results: T", "left: int64", "failed: bool"}, &exchange_shapes,
+         &create<true, false>, &exchange);
+  define("HvdAgnStart", {HVD_AGN_FLOATS "1", "worker: int", "call: string"},
+         {"values: T", "since: int64", "rate: double"}, {"left: int64"}, &one_scalar, &create<true, false>, &start);
+  define("HvdAgnAccumulate", {HVD_AGN_FLOATS "1", "worker: int", "places: list(int)", "arrays: int"}, {"gradients: T"},
+         {}, &no_shapes, &create<false, true>, &accumulate);
+  define("HvdAgnReady", {"worker: int"}, {"due: bool"}, {"ready: bool"}, &one_scalar, &create<false, false>, &ready);
+  define("HvdAgnRaise", {"worker: int"}, {"failed: bool"}, {}, &no_shapes, &create<false, false>, &raise);
+  return true;
+}();
+
+}  // namespace
+}  // namespace hvd_agn
+
+// ---- what Python calls, through ctypes
+
+/// The address of a CoreCalls, before any op runs.
+extern "C" __attribute__((visibility("default"))) void hvd_agn_connect(const void* calls) {
+  hvd_agn::core = static_cast<const hvd_agn::CoreCalls*>(calls);
+}
+
+/// The worker has gone: its memory goes back as TensorFlow lets go of it.
+extern "C" __attribute__((visibility("default"))) void hvd_agn_leave(std::int64_t worker) {
+  const std::lock_guard<std::mutex> lock(hvd_agn::pools_mutex);
+  const auto found = hvd_agn::pools.find(worker);
+  if (found == hvd_agn::pools.end()) return;
+  found->second->close();
+  hvd_agn::pools.erase(found);
+}

@@ -1,0 +1,88 @@
+"""The variables of a Keras optimizer as a center sees them: which take part, and under which names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ..client import Client
+from ..errors import LayoutError
+
+_DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
+
+
+def plain(variable: Any) -> Any:
+    """TensorFlow's variable inside Keras' one."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+class Variables:
+    """Those that take part, each once. The others are Keras' to overwrite, such as the scales of float8.
+
+    Args:
+        variables: Keras' or TensorFlow's, as they were handed to the optimizer.
+
+    Raises:
+        LayoutError: names a variable that cannot be exchanged.
+    """
+
+    def __init__(self, variables: Sequence[Any]) -> None:
+        self.exchanged: list[tf.Variable] = []
+        self.names: list[str] = []
+        seen: set[int] = set()
+        for variable in variables:
+            value = plain(variable)
+            name = str(getattr(variable, "path", None) or variable.name)
+            if getattr(variable, "overwrite_with_gradient", False) or id(value) in seen:
+                continue
+            _refuse_unusable(name, value)
+            seen.add(id(value))
+            self.exchanged.append(value)
+            self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
+        self._start: dict[str, np.ndarray] | None = {
+            name: np.array(value.numpy(), order="C") for name, value in zip(self.names, self.exchanged, strict=True)
+        }
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Name -> a copy of its value; only until :meth:`settle`."""
+        assert self._start is not None
+        return self._start
+
+    def settle(self, client: Client) -> None:
+        """Set the variables to what the center has made of the copies; from now on ops bring them."""
+        assert self._start is not None
+        for variable, value in zip(self.exchanged, self._start.values(), strict=True):
+            variable.assign(value)
+        client.unbind()
+        self._start = None
+
+    def read(self, client: Client) -> None:
+        """Nothing: the op that calls has brought them."""
+
+    def write_back(self) -> None:
+        """Nothing: the op takes them back."""
+
+    def copy(self) -> list[tf.Tensor]:
+        """Their values, to be put back."""
+        return [tf.identity(variable) for variable in self.exchanged]
+
+    def put_back(self, copy: list[tf.Tensor]) -> None:
+        """Set them to what :meth:`copy` returned."""
+        for variable, value in zip(self.exchanged, copy, strict=True):
+            variable.assign(value)
+
+
+def _refuse_unusable(name: str, value: Any) -> None:
+    reason = None
+    if not isinstance(value, tf.Variable):
+        reason = f"is a {type(value).__name__}; use a variable"
+    elif isinstance(value, tf.distribute.DistributedValues):
+        reason = "belongs to a tf.distribute strategy; hvd_agn takes its place: build the model outside of the scope"
+    elif value.dtype not in _DTYPES:
+        reason = f"is {value.dtype.name}; use float32, float64, float16 or bfloat16"
+    elif not value.shape.is_fully_defined():
+        reason = f"has the shape {value.shape}; use one that is fully defined"
+    if reason:
+        raise LayoutError(f"{name!r} cannot be exchanged: it {reason}.")
