@@ -186,6 +186,19 @@ def op_leave(number: int) -> None:
 def op_calls() -> int:
     """Address of what ops call."""
 
+class Views:
+    """
+    Tensors as they were: the objects, their addresses, types, shapes and strides.
+    """
+
+    def __init__(self, tensors: list) -> None: ...
+
+    def remember(self, tensors: list) -> None:
+        """They are to be as they are now."""
+
+    def changed(self, tensors: list) -> bool:
+        """Whether one is another than it was, or does not tell by DLPack."""
+
 def widen(buffers: Sequence[Buffer], arrays: Sequence[Annotated[NDArray, dict(device='cpu')]]) -> None:
     """Copies buffers to arrays in the center's dtypes."""
 

@@ -125,6 +125,8 @@ class Center:
             )
         self._on_nonfinite = on_nonfinite
         self._native: _core.Center | None = None
+        self.closed = False
+        """Whether :meth:`close` was called."""
         self._clients: list[Client] = []
         self._owner: Owner | None = None
         self._serial = next(_serials)
@@ -456,7 +458,7 @@ class Center:
                 shutdown.finished.append((self._serial, self._comm, self._native))
             else:
                 self._comm.free()
-            self._native = None
+            self._native, self.closed = None, True
             shutdown.centers.remove(self)
             if owner is not None:
                 owner.closed()

@@ -113,6 +113,7 @@ class Worker(Generic[A]):
     ) -> None:
         self.settings = settings
         self._rates = rates
+        self._period, self._overlap = settings.communication_period, settings.overlap
         self._through = through or self.perform
         self.closed = closed
         self.steps = 0
@@ -184,18 +185,21 @@ class Worker(Generic[A]):
             raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
         self.center.check_open()
 
-    def before_step(self) -> None:
-        """A step begins: merge what an exchange in the background has brought, if it has ended."""
-        self.check_open("step()")
-        if self.settings.overlap and self.client.ready:
-            self._through("land")
+    def step(self, update: Callable[..., Any], *arguments: Any) -> Any:
+        """Apply an update and count it; when the period is over, exchange, or with ``overlap`` start to.
 
-    def stepped(self) -> None:
-        """An update was applied: exchange if the period is over, or with ``overlap`` start to."""
+        What an exchange in the background has brought is merged before, if it has ended.
+        """
+        if self._viewing_center or self.center.closed:
+            self.check_open("step()")
+        if self._overlap and self.client.ready:
+            self._through("land")
+        result = update(*arguments)
         self.steps += 1
         self.steps_since_exchange += 1
-        if self.steps_since_exchange >= self.settings.communication_period:
+        if self.steps_since_exchange >= self._period:
             self._through("exchange")
+        return result
 
     def perform(self, what: str) -> None:
         """Do what :meth:`exchange` and the others ask for, here and now: the parameters can be reached."""
@@ -266,7 +270,7 @@ class Worker(Generic[A]):
         self._layout_changed = False
 
     def _exchange(self) -> None:
-        if not self.settings.overlap:
+        if not self._overlap:
             self._exchange_now(exact=False)
             return
         self._land()

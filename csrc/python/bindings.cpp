@@ -14,6 +14,7 @@
 #include "mpi/comm.hpp"
 #include "python/op_calls.hpp"
 #include "python/python_function.hpp"
+#include "python/views.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -364,6 +365,7 @@ NB_MODULE(_core, m) {
   bind_center(m);
   bind_client(m);
   register_op_calls(m);
+  register_views(m);
 
   m.def("widen", &widen, "buffers"_a, "arrays"_a, "Copies buffers to arrays in the center's dtypes.");
   nb::enum_<Stage>(m, "Stage", "Places of a pass at which a test can stop the process.")

@@ -187,16 +187,19 @@ class AGNOptimizer(torch.optim.Optimizer):
             LayoutError: a parameter has changed its shape, type or ties, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
-        worker = self._worker
-        worker.before_step()
-        if self._sums:
-            loss = self._step_and_accumulate(closure)
-        else:
-            loss = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
-        worker.stepped()
-        return loss
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return self._step_with_hooks(closure)
+        update = self._step_and_accumulate if self._sums else self.optimizer.step
+        return self._worker.step(update) if closure is None else self._worker.step(update, closure)
 
-    def _step_and_accumulate(self, closure: Callable[[], float] | None) -> Any:
+    step.hooked = True  # type: ignore[attr-defined]  # not by torch: profiled and hooked is the wrapped optimizer's step
+
+    @torch.optim.Optimizer.profile_hook_step
+    def _step_with_hooks(self, closure: Callable[[], float] | None) -> Any:
+        update = self._step_and_accumulate if self._sums else self.optimizer.step
+        return self._worker.step(update, *([] if closure is None else [closure]))
+
+    def _step_and_accumulate(self, closure: Callable[[], float] | None = None) -> Any:
         """With the gradients as they are before the wrapped optimizer works on them, of a closure's last call."""
         if closure is None:
             self._accumulate()

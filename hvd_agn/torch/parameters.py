@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import _core
 from ..client import Client
 from ..errors import LayoutError
 
@@ -65,6 +66,9 @@ class Parameters:
             if times > 1:
                 raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
         _refuse_shared(self.exchanged)
+        self._copied = any(e.copied for e in self.exchanged)
+        self._changed = [e.parameter for e in self.exchanged]  # what an exchange changes
+        self._views = _core.Views(self._all)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> contiguous CPU tensor of each parameter that takes part."""
@@ -92,7 +96,10 @@ class Parameters:
         Raises:
             LayoutError: the parameters are not those of the start any more.
         """
-        self._check()
+        now = _all(self._optimizer)
+        if not self._copied and not self._thawed() and not self._views.changed(now):
+            return
+        self._check(now)
         with torch.inference_mode(False), torch.no_grad():
             for index, e in enumerate(self.exchanged):
                 p = e.parameter
@@ -108,6 +115,8 @@ class Parameters:
                 if moved:
                     e.address = e.tensor.data_ptr()
                     client.rebind(index, e.tensor)
+        self._copied = any(e.copied for e in self.exchanged)
+        self._views.remember(now)
 
     def sources(self) -> list[torch.Tensor]:
         """Parameters that have gradients: the exchanged, and those tied to them."""
@@ -155,16 +164,19 @@ class Parameters:
     @torch.no_grad()
     def write_back(self) -> None:
         """Tell autograd that the parameters changed; empty the copies into those that have one."""
-        for e in self.exchanged:
-            if e.copied:
-                e.parameter.copy_(e.tensor)
-        torch.autograd.graph.increment_version([e.parameter for e in self.exchanged])
+        if self._copied:
+            for e in self.exchanged:
+                if e.copied:
+                    e.parameter.copy_(e.tensor)
+        torch.autograd.graph.increment_version(self._changed)
 
-    def _check(self) -> None:
+    def _thawed(self) -> bool:
+        return any(parameter.requires_grad for _, parameter in self._frozen)
+
+    def _check(self, now: list[torch.Tensor]) -> None:
         """The center was laid out for the parameters as they were at the start."""
         reason = None
         addresses: set[int] = set()
-        now = _all(self._optimizer)
         if len(now) != len(self._all):
             reason = f"the wrapped optimizer has {len(now)} parameters, it had {len(self._all)}"
         elif any(p is not q for p, q in zip(now, self._all, strict=True)):
