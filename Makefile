@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | clean. MPI=mpich, MPI=openmpi5: the same in an environment of its own.
+# make demo | demo-keras | test | bench | lint | clean. MPI=mpich, MPI=openmpi5: the same in an environment of its own.
 PYTHON ?= python3
 MPI ?= openmpi
 TESTS ?= tests
@@ -23,18 +23,32 @@ IPROUTE2 := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; apt-get -
 
 RESULTS := benchmarks/results
 
-.PHONY: demo test bench lint stub clean environment
+.PHONY: demo demo-keras test test-tf bench lint stub clean environment
 
 demo: environment
 	@mkdir -p demo
 	$(RUN) mpirun -np 4 $(BIN)/python examples/torch_mnist.py --report demo
 
+demo-keras: environment
+	$(RUN) mpirun -np 4 $(BIN)/python examples/keras_mnist.py --report demo/keras
+
 test: environment
 	$(RUN) python -m pytest $(TESTS)
+
+# The ops in another TensorFlow, built once: the wheel of this environment in one of its own, which brings no MPI.
+TF ?= 2.20.0
+TF_BIN := $(CURDIR)/.venv-tf-$(TF)/bin
+test-tf: environment
+	$(RUN) python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv .venv-tf-$(TF)
+	$(TF_BIN)/pip install --quiet tensorflow-cpu==$(TF) pytest build/wheel/hvd_agn-*.whl
+	MPI4PY_LIBMPI=$(firstword $(wildcard $(CURDIR)/$(VENV)/lib/libmpi.so.[0-9]*)) OPAL_PREFIX=$(CURDIR)/$(VENV) \
+		$(TF_BIN)/pytest tests/tensorflow/test_smoke.py
 
 bench: environment
 	@mkdir -p $(RESULTS)
 	$(RUN) python -m hvd_agn bench exchange --json > $(RESULTS)/exchange-$(MPI).json
+	$(RUN) python -m hvd_agn bench exchange --framework tensorflow --json > $(RESULTS)/tensorflow-$(MPI).json
 	$(RUN) python -m hvd_agn bench exchange --transport mailbox --ranks 2,4 --json > $(RESULTS)/mailbox-$(MPI).json
 	$(RUN) python -m hvd_agn bench rules --json > $(RESULTS)/rules-$(MPI).json
 	$(RUN) python -m hvd_agn bench step --json > $(RESULTS)/step-$(MPI).json

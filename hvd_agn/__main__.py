@@ -16,8 +16,12 @@ def main() -> int:
     bench = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     exchange = bench.add_parser("exchange", help="an exchange, against the memory's limit, allreduce, Get_accumulate")
     exchange.add_argument("--transport", choices=config.TRANSPORTS, default="auto", help="as of Center (default auto)")
+    exchange.add_argument(
+        "--framework", choices=["tensorflow"], help="its variables, one rank, against torch's exchange"
+    )
+    exchange.add_argument("--variables", type=_counts, default="1,160", help="numbers of them (default 1,160)")
     multihost = bench.add_parser("multihost", help="exchanges between two emulated hosts; needs root and iproute2")
-    step = bench.add_parser("step", help="a step between exchanges, against the wrapped optimizer's")
+    step = bench.add_parser("step", help="a step between exchanges, against the wrapped optimizer's, in each framework")
     rules = bench.add_parser("rules", help="each rule's exchange, against the memory's limit for it")
     for each, counts in (exchange, "1,2,4"), (rules, "1,4"):
         each.add_argument("--ranks", type=_counts, default=counts, help=f"rank counts (default {counts})")
@@ -31,10 +35,13 @@ def main() -> int:
 
         return check.main()
     from .tools import bench as benchmarks
-    from .tools import bench_hosts
+    from .tools import bench_frameworks, bench_hosts
 
     try:
-        if arguments.bench == "exchange":
+        if arguments.bench == "exchange" and arguments.framework:
+            rows = bench_frameworks.exchanges(arguments.params, arguments.variables)
+            columns = bench_frameworks.EXCHANGE_COLUMNS
+        elif arguments.bench == "exchange":
             rows = benchmarks.exchange(arguments.params, arguments.ranks, arguments.transport)
             columns = benchmarks.EXCHANGE_COLUMNS
         elif arguments.bench == "multihost":
@@ -42,7 +49,7 @@ def main() -> int:
         elif arguments.bench == "rules":
             columns, rows = benchmarks.RULES_COLUMNS, benchmarks.all_rules(arguments.params, arguments.ranks)
         else:
-            columns, rows = benchmarks.STEP_COLUMNS, benchmarks.step(arguments.params)
+            columns, rows = bench_frameworks.STEP_COLUMNS, bench_frameworks.step(arguments.params)
     except AGNError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -56,7 +63,7 @@ def main() -> int:
 def _counts(text: str) -> list[int]:
     counts = [int(part) for part in text.split(",")]
     if min(counts) < 1:
-        raise argparse.ArgumentTypeError("rank counts are 1 or more")
+        raise argparse.ArgumentTypeError("give numbers of 1 or more")
     return counts
 
 

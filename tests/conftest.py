@@ -14,8 +14,11 @@ def close_centers():
     from hvd_agn import shutdown
 
     for left in list(shutdown.centers):
+        owner = left._owner
         left.own(None)
         left.close()
+        if owner is not None:
+            owner.closed()
 
 
 @pytest.fixture(params=["avx2", "baseline"])

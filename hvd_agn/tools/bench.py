@@ -3,7 +3,6 @@
 All figures of one rank count come from one run, taken in turn, so that a change of the machine's speed meets them all.
 """
 
-import functools
 import json
 import statistics
 import subprocess
@@ -67,12 +66,6 @@ BENCHED_RULES = (
     rules.Lion(),
     rules.DelayedNesterov(0.1, 0.9, 4),
     rules.Elastic(0.2),
-)
-STEP_COLUMNS: Columns = (
-    ("optimizer", "optimizer", "{}"),
-    ("inner_ms", "bare step", "{:.2f}"),
-    ("agn_ms", "AGN step", "{:.2f}"),
-    ("ratio", "AGN/bare", "{:.4f}"),
 )
 
 
@@ -214,45 +207,6 @@ class _HandWritten:
 
     def close(self) -> None:
         self._window.Free()
-
-
-def step(params: int) -> list[dict[str, Any]]:
-    """Time a step between two boundaries against the wrapped optimizer's own, on one rank. Times in ms.
-
-    And what gradients mode adds to it, against ``torch._foreach_add_`` of as many elements.
-    """
-    import torch
-
-    from ..torch import AGNOptimizer
-
-    torch.set_num_threads(1)
-    rows = []
-    for kind in (torch.optim.SGD, torch.optim.Adam):
-        parameter = torch.nn.Parameter(torch.zeros(params))
-        parameter.grad = torch.full((params,), 1e-3)
-        inner = kind([parameter], lr=1e-3)
-        with AGNOptimizer(inner, communication_period=10**9) as wrapped:
-            rows.append({"optimizer": kind.__name__, "params": params, **_in_turn(inner.step, wrapped.step)})
-    with AGNOptimizer(inner, communication_period=10**9, accumulate="gradients") as wrapped:
-        sums, gradients = [torch.zeros(params)], [parameter.grad]
-        bare = functools.partial(torch._foreach_add_, sums, gradients)
-        rows.append({"optimizer": "accumulate", "params": params, **_in_turn(bare, wrapped._accumulate)})
-    return rows
-
-
-def _in_turn(bare: Callable[[], object], ours: Callable[[], object]) -> dict[str, float]:
-    """Medians of two calls that alternate, in ms, and the median of their ratios."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(43):
-        pair = (0, bare), (1, ours)
-        for which, call in pair if i % 2 else pair[::-1]:
-            times[which].append(_timed(call))
-    first, second = (each[3:] for each in times)
-    return {
-        "inner_ms": 1e3 * statistics.median(first),
-        "agn_ms": 1e3 * statistics.median(second),
-        "ratio": statistics.median(b / a for a, b in zip(first, second, strict=True)),
-    }
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Columns) -> str:

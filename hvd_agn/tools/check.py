@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,8 @@ def lines() -> Iterator[Line]:
     yield _attempt("shared windows", _shared_window)
     yield _attempt("between nodes", _between_nodes)
     yield _shared_memory()
-    yield _torch()
+    yield _framework("torch", "torch", "torch")
+    yield from _tensorflow()
     yield Line("native core", f"{_core.compiler()}; {_core.kernels()} loops")
     yield Line("CUDA", "built" if _core.cuda else "not built: GPU parameters are exchanged through a copy on the CPU")
 
@@ -122,8 +125,27 @@ def _shared_memory() -> Line:
     return Line("shared memory", finding, NOTE, fix)
 
 
-def _torch() -> Line:
-    try:
-        return Line("torch", importlib.metadata.version("torch"))
-    except importlib.metadata.PackageNotFoundError:
-        return Line("torch", "not installed", NOTE, "pip install 'hvd-agn[torch]', for hvd_agn.torch")
+def _framework(subject: str, extra: str, *packages: str) -> Line:
+    for package in packages:
+        try:
+            return Line(subject, f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Line(subject, "not installed", NOTE, f"pip install 'hvd-agn[{extra}]', for hvd_agn.{extra}")
+
+
+def _tensorflow() -> Iterator[Line]:
+    """TensorFlow and the library of its ops, which is loaded in a process of its own: TensorFlow takes seconds."""
+    found = _framework("TensorFlow", "tensorflow", "tensorflow", "tensorflow-cpu")
+    yield found
+    if found.status != OK or mpi.world_rank() != 0:
+        return
+    command = [sys.executable, "-c", "from hvd_agn.tensorflow import ops; ops.load(); print(ops.LIBRARY)"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_"))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        yield Line("TensorFlow ops", done.stdout.strip())
+    else:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        fix = "hvd_agn.tensorflow is tested with TensorFlow 2.17 to 2.21 and Keras 3"
+        yield Line("TensorFlow ops", f"cannot be loaded: {reason[0]}", PROBLEM, fix)

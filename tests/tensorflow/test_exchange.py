@@ -1,0 +1,192 @@
+"""The op's exchange against the reference, bit for bit: values in one place, results in another."""
+
+import warnings
+
+import numpy as np
+import pytest
+from exchanges import DTYPES, SHAPES
+from mailboxes import at_a_worker, same, wait_until
+from overlaps import DOUBLES
+from ranks import on_ranks
+from reference import FEW_RULES, OverlapClient, ReferenceCenter, ReferenceClient
+
+from hvd_agn import rules
+from hvd_agn.errors import NonFiniteWarning, RuleError, RuleOverflowWarning
+
+PERIOD = 2
+
+
+def variables_of(arrays):
+    import tensorflow as tf
+
+    return [tf.Variable(a, name=f"v{i}") for i, a in enumerate(arrays)]
+
+
+def wrap(variables, **options):
+    """An optimizer that adds what it is given as gradients, and has a center."""
+    import keras
+
+    from hvd_agn.tensorflow import AGNOptimizer
+
+    optimizer = AGNOptimizer(keras.optimizers.SGD(-1.0), PERIOD, **options)
+    optimizer.start(variables)
+    return optimizer
+
+
+def compiled(optimizer, variables):
+    import tensorflow as tf
+
+    return tf.function(lambda updates: optimizer.apply(updates, variables))
+
+
+def random(rng, dtypes=DTYPES):
+    return [rng.standard_normal(s).astype(t) for s, t in zip(SHAPES, dtypes, strict=True)]
+
+
+def follow_the_reference(rule, overlap, in_graph, dtypes=DTYPES, **options):
+    """A worker on variables and one on plain arrays, in turn."""
+    rng = np.random.default_rng(1)
+    initial = random(rng, dtypes)
+    reference = ReferenceCenter([a.copy() for a in initial], rule)
+    kind = OverlapClient if overlap else ReferenceClient
+    theirs, their_other = (kind(reference, [a.dtype for a in initial]) for _ in range(2))
+    variables = variables_of(initial)
+    optimizer = wrap(variables, rule=rule, overlap=overlap, **options)
+    apply = compiled(optimizer, variables) if in_graph else lambda updates: optimizer.apply(updates, variables)
+    our_other = [a.copy() for a in initial]
+    client = optimizer.center.client(our_other)
+    for turn in range(1, 13):
+        updates = random(rng, dtypes)
+        if overlap and turn % PERIOD == 1 and turn > 1:
+            wait_until(lambda: optimizer._worker.client.ready, "the exchange in the background")
+        apply(updates)
+        for array, update in zip(theirs.arrays, updates, strict=True):
+            array += update
+        if overlap and turn % PERIOD == 1 and turn > 1:
+            theirs.finish()
+        if turn % PERIOD == 0:
+            theirs.start(PERIOD) if overlap else theirs.exchange(PERIOD)
+            if overlap:
+                wait_until(lambda: optimizer._worker.client.ready, "the exchange in the background")
+        if turn % 3 == 0:
+            for mine, expected, update in zip(our_other, their_other.arrays, random(rng, dtypes), strict=True):
+                mine += update
+                expected += update
+            client.exchange(3)
+            their_other.exchange(3)
+        same([v.numpy() for v in variables], theirs.arrays)
+    if overlap:
+        theirs.finish()
+    optimizer.flush()
+    same(optimizer.center.snapshot().values(), reference.center)
+    assert optimizer.stats()["exchanges"] == 12 // PERIOD
+    optimizer.close()
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("rule", FEW_RULES, ids=repr)
+def test_as_the_reference(rule, overlap, in_graph):
+    follow_the_reference(rule, overlap, in_graph)
+
+
+def follow_by_mailbox(host):
+    for number, rule in enumerate(FEW_RULES):
+        overlap = number % 2 == 1
+        dtypes = DOUBLES if rule.gap_aware else DTYPES  # whose mirror does not know how a worker rounds
+        names = {f"v{i}:0": a for i, a in enumerate(random(np.random.default_rng(1), dtypes))}
+        host._post("center", names, rule, {"transport": "mailbox", "overlap": overlap})
+        follow_the_reference(rule, overlap, True, dtypes, transport="mailbox")
+    return "checked"
+
+
+def test_by_mailbox_as_the_reference(tmp_path):
+    assert on_ranks(2, at_a_worker_of_variables, str(tmp_path)) == [None, "checked"]
+
+
+def at_a_worker_of_variables(folder):
+    return at_a_worker(folder, follow_by_mailbox)
+
+
+# ---- what an exchange leaves as it is, and what it refuses
+
+
+def test_a_refused_update_sets_the_variables_to_the_center():
+    variables = variables_of([np.ones(300, "f4"), np.ones(5, "f8")])
+    optimizer = wrap(variables)
+    apply = compiled(optimizer, variables)
+    apply([np.full(300, 3, "f4"), np.ones(5)])
+    with pytest.warns(NonFiniteWarning, match="'v0:0'"):
+        apply([np.full(300, np.nan, "f4"), np.ones(5)])
+    same([v.numpy() for v in variables], [np.ones(300), np.ones(5)])
+    assert optimizer.stats()["pushes_refused"] == 1
+    apply([np.ones(300, "f4"), np.ones(5)])
+    apply([np.ones(300, "f4"), np.ones(5)])
+    same(optimizer.center.snapshot().values(), [np.full(300, 2), np.full(5, 2)])
+
+
+def test_a_warning_that_is_an_error_comes_out_and_the_variables_are_the_centers():
+    variables = variables_of([np.ones(300, "f4")])
+    optimizer = wrap(variables)
+    apply = compiled(optimizer, variables)
+    apply([np.ones(300, "f4")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NonFiniteWarning):
+            apply([np.full(300, np.inf, "f4")])
+    same([v.numpy() for v in variables], [np.ones(300)])
+    assert int(optimizer._since) == 0
+
+
+def test_blocks_that_overflow_stay_and_the_others_move():
+    variables = variables_of([np.full(256, 3.2e38, "f4"), np.ones(256, "f4")])
+    optimizer = wrap(variables, rule=rules.Add(scale=4))
+    apply = compiled(optimizer, variables)
+    with pytest.warns(RuleOverflowWarning, match="overflowed in 1 blocks"):
+        for _ in range(PERIOD):
+            apply([np.full(256, 9e36, "f4"), np.ones(256, "f4")])
+    expected = [np.full(256, 3.2e38, "f4"), np.full(256, 5, "f4")]
+    same([v.numpy() for v in variables], expected)
+    same(optimizer.center.snapshot().values(), expected)
+
+
+def fail_where_there_is_a_seven(center, delta, slots, t):
+    if (delta == 7).any():
+        raise ValueError("seven")
+    center += delta
+
+
+def test_a_function_that_fails_in_some_blocks_loses_nothing():
+    """Those blocks keep their steps in the variables; the error comes out when the others are exchanged."""
+    variables = variables_of([np.zeros(256, "f4"), np.zeros(256, "f4"), np.zeros(256, "f4")])
+    optimizer = wrap(variables, rule=rules.Custom(fail_where_there_is_a_seven))
+    apply = compiled(optimizer, variables)
+    apply([np.full(256, x, "f4") for x in (1, 7, 3)])
+    with pytest.raises(RuleError, match="raised ValueError: seven"):
+        apply([np.full(256, x, "f4") for x in (1, 7, 3)])
+    same([v.numpy() for v in variables], [np.full(256, x) for x in (1, 14, 3)])
+    same(optimizer.center.snapshot().values(), [np.full(256, x) for x in (1, 0, 3)])
+    assert int(optimizer._since) == PERIOD
+    apply([np.full(256, x, "f4") for x in (0, 1, 0)])  # at once, and the middle block with all of its steps
+    same(optimizer.center.snapshot().values(), [np.full(256, x) for x in (1, 5, 3)])
+    assert int(optimizer._since) == 0
+
+
+def test_gradients_leave_variables_without_one_alone():
+    import keras
+    import tensorflow as tf
+
+    from hvd_agn.tensorflow import AGNOptimizer
+
+    variables = variables_of([np.zeros(10, "f4"), np.zeros(300, "f2"), np.zeros(7, "f8")])
+    optimizer = AGNOptimizer(keras.optimizers.SGD(0.5), PERIOD, accumulate="gradients", rule=rules.SGD(1.0))
+    optimizer.start(variables)
+    apply = tf.function(lambda gradients: optimizer.apply(gradients, variables[:2]))
+    other = [np.zeros(10, "f4"), np.zeros(300, "f2"), np.zeros(7, "f8")]
+    rival = optimizer.center.client(other)
+    rival.accumulate([np.full_like(a, -1) for a in other])
+    rival.exchange(1)
+    for _ in range(PERIOD):
+        apply([np.full(10, -2, "f4"), np.full(300, -4, "f2")])
+    same([v.numpy() for v in variables], [np.full(10, 3), np.full(300, 5), np.zeros(7)])
+    same(optimizer.center.snapshot().values(), [np.full(10, 3), np.full(300, 5), np.ones(7)])
