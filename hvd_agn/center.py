@@ -80,6 +80,8 @@ class Center:
             its gradients. Costs one more copy of the arrays, in the center's type, and one more with ``overlap``.
         on_nonfinite: ``"skip"`` or ``"raise"``, see :meth:`exchange`.
         name: used in messages.
+        resume: what rank 0 begins with instead of its arrays' values: a center as it was, with slots and version. On
+            other ranks it says nothing.
         failed: an error of this rank's caller: all ranks raise it, instead of waiting for this one.
 
     Raises:
@@ -88,6 +90,7 @@ class Center:
         LaunchError: see :func:`hvd_agn.mpi.initialize`.
         SharedMemoryError: no room for the center; the message has the bytes needed and found.
         ConfigError: an argument or an environment variable is none of its choices.
+        CheckpointError: ``resume`` is of other arrays or of a rule with other slots.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Center:
         accumulate: str = config.ACCUMULATE[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
         name: str = "Center",
+        resume: checkpoint.Resume | None = None,
         failed: AGNError | None = None,
     ) -> None:
         config.check_environment()
@@ -153,15 +157,16 @@ class Center:
             self._names, self._shapes, values, signature = self._describe(arrays)
             hosts = self._hosts(center_ranks)
             signature.append(("center_ranks", hosts))
-            wide = self._initial(values, signature)
+            planes = self._initial(values, signature, resume)
         except Exception as failure:
             error = error or failure
         self._wait(_CREATING)
-        expected = self._mpi_comm.bcast(signature, root=0)
+        expected, self.resumed = self._mpi_comm.bcast((signature, resume is not None), root=0)
+        """Whether it began with ``resume``."""
         if error is None and signature != expected and expected:
             error = LayoutError(_first_difference(signature, expected))
         self._agree(error)
-        self._allocate(hosts, wide)
+        self._allocate(hosts, planes, resume.version if resume else 0)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
         """The client of this rank's ``arrays``."""
 
@@ -222,19 +227,29 @@ class Center:
             self._comm.free()
             raise error or first
 
-    def _initial(self, values: list[Any], signature: list[tuple[Any, ...]]) -> list[np.ndarray]:
-        """Rank 0's values in the center's types; on other ranks nothing."""
+    def _initial(
+        self, values: Sequence[Any], signature: list[tuple[Any, ...]], resume: checkpoint.Resume | None
+    ) -> list[list[np.ndarray]]:
+        """Rank 0's values in the center's types, and its slots if it resumes; on other ranks nothing."""
         self._dtypes = [entry[2] for entry in signature[: len(values)]]
         if self._comm.rank != 0:
             return []
+        if resume is not None:
+            try:
+                return resume.planes(self._like(), self.rule.active_slots())
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.label}: the saved center does not fit {self.rule}: {error}") from None
         wide = [np.empty(shape, dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
         _core.widen(register(self._names, values), wide)
         for name, array in zip(self._names, wide, strict=True):
             if not np.isfinite(array).all():
                 raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on rank 0.")
-        return wide
+        return [wide]
 
-    def _allocate(self, hosts: list[int], wide: list[np.ndarray]) -> None:
+    def _like(self) -> checkpoint.Like:
+        return {name: (s, d) for name, s, d in zip(self._names, self._shapes, self._dtypes, strict=True)}
+
+    def _allocate(self, hosts: list[int], planes: list[list[np.ndarray]], version: int) -> None:
         counts = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
         layout = _core.Layout(counts, self._dtypes, config.BLOCK_BYTES.read())
         rule = self.rule._native()
@@ -247,7 +262,7 @@ class Center:
         undo = native.disconnect
         self._together(lambda: native.connect(self._comm, config.RING_BLOCKS.read()), undo)
         waits = "waits for rank 0 to write its parameters to the center"
-        self._together(lambda: native.write([wide], 0) if self._comm.rank == 0 else None, undo, waits)
+        self._together(lambda: native.write(planes, version) if self._comm.rank == 0 else None, undo, waits)
         self._native = native
         shutdown.centers.append(self)
 
@@ -417,8 +432,7 @@ class Center:
         error: CheckpointError | None = None
         if self._comm.rank == 0:
             try:
-                like = {name: (s, d) for name, s, d in zip(self._names, self._shapes, self._dtypes, strict=True)}
-                native.write(*checkpoint.read(Path(path), like, self.rule.active_slots()))
+                native.write(*checkpoint.read(Path(path), self._like(), self.rule.active_slots()))
             except Exception as failure:  # of any kind: the other ranks wait to hear of it
                 error = CheckpointError(f"{self.label}: {path} cannot be loaded into {self.rule}: {failure}")
         self._comm.barrier("waits for rank 0 to read the center's file")
@@ -431,6 +445,32 @@ class Center:
                 client.pull()
         if self._owner is not None:
             self._owner.pull()
+
+    def restart(self, values: Sequence[Any], note: T) -> T:
+        """Set the center to rank 0's ``values``, unless it was loaded: for a framework that has them only now.
+
+        Collective, and before the first exchange. Clients pull afterwards.
+
+        Returns:
+            Rank 0's ``note``.
+
+        Raises:
+            LayoutError, StallError: as the constructor.
+        """
+        native = self._open()
+        like = [(name, *shape_and_type) for name, shape_and_type in self._like().items()]
+        self._comm.barrier("waits for the other ranks to begin training")
+        error: LayoutError | None = None
+        if self.rank == 0 and native.version() == 0:
+            try:
+                native.write(self._initial(values, like, None), 0)
+            except LayoutError as failure:
+                error = failure
+        self._comm.barrier("waits for rank 0 to write its values to the center")
+        error, first = self._mpi_comm.bcast((error, note), root=0)
+        if error is not None:
+            raise error
+        return first  # type: ignore[no-any-return]
 
     # ---- end
 

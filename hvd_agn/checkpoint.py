@@ -1,8 +1,12 @@
-"""The center's file: safetensors. Parameters have their own names, slots ``slot/<slot>/<name>``."""
+"""The center's file: safetensors. Parameters have their own names, slots ``slot/<slot>/<name>``.
+
+And what other files hold of a center (:class:`Resume`).
+"""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -13,6 +17,30 @@ from .errors import CheckpointError
 _FORMAT = "hvd_agn center 1"
 
 Named = Mapping[str, np.ndarray]
+Like = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype that each parameter must have."""
+
+
+class Resume(NamedTuple):
+    """A center as it was, for one to begin with. Arrays come in their order, whatever they were called."""
+
+    center: Sequence[np.ndarray]
+    slots: Mapping[str, Sequence[np.ndarray]]
+    version: int
+    rule: str
+    """In words."""
+
+    def planes(self, like: Like, slots: Sequence[str]) -> list[list[np.ndarray]]:
+        """As those of :func:`read`."""
+        names = list(like)
+        tensors = dict(_numbered(names, self.center))
+        for slot, arrays in self.slots.items():
+            tensors |= {f"slot/{slot}/{name}": array for name, array in _numbered(names, arrays)}
+        return _planes(tensors, like, slots, self.rule)
+
+
+def _numbered(names: Sequence[str], arrays: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    return [(names[i] if i < len(names) else f"array {i}", array) for i, array in enumerate(arrays)]
 
 
 def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, rule: str) -> None:
@@ -41,13 +69,11 @@ def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, r
         partial.unlink(missing_ok=True)
 
 
-def read(
-    path: Path, like: Mapping[str, tuple[tuple[int, ...], str]], slots: Sequence[str]
-) -> tuple[list[list[np.ndarray]], int]:
+def read(path: Path, like: Like, slots: Sequence[str]) -> tuple[list[list[np.ndarray]], int]:
     """The arrays of a file, in the order of ``like``: the center's, then those of each slot; and the version.
 
     Args:
-        like: shape and dtype that each parameter must have.
+        like: what must be there.
         slots: names of the slots that must be there.
 
     Raises:
@@ -61,6 +87,12 @@ def read(
         raise CheckpointError(f"it cannot be read ({failure}). Give a file that save() wrote.") from None
     if metadata.get("format") != _FORMAT or not metadata.get("version", "").isdigit():
         raise CheckpointError("it was not written by Center.save().")
+    return _planes(tensors, like, slots, metadata.get("rule")), int(metadata["version"])
+
+
+def _planes(
+    tensors: dict[str, np.ndarray], like: Like, slots: Sequence[str], rule: str | None
+) -> list[list[np.ndarray]]:
     planes = []
     for prefix in ["", *(f"slot/{slot}/" for slot in slots)]:
         plane = []
@@ -69,8 +101,7 @@ def read(
             if found is None or found.shape != shape or str(found.dtype) != dtype:
                 what = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
                 raise CheckpointError(
-                    f"{prefix + name!r} {what}; expected {dtype}{list(shape)}. The file has rule "
-                    f"{metadata.get('rule')}."
+                    f"{prefix + name!r} {what}; expected {dtype}{list(shape)}. The file has rule {rule}."
                 )
             if not np.isfinite(found).all():
                 raise CheckpointError(f"{prefix + name!r} has a NaN or an Inf.")
@@ -78,4 +109,4 @@ def read(
         planes.append(plane)
     if tensors:
         raise CheckpointError(f"it also has {sorted(tensors)[0]!r}, which this center has not.")
-    return planes, int(metadata["version"])
+    return planes

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from . import config, rules
 from .center import Center
+from .checkpoint import Resume
 from .errors import (
     AGNError,
+    CheckpointError,
     ConfigError,
     LayoutError,
     NonFiniteWarning,
@@ -56,6 +58,13 @@ class Settings:
             raise ConfigError(f"communication_period={period!r}: give a whole number of steps.")
         if period < 1:
             raise ConfigError(f"communication_period={period}: give 1 or more.")
+        if self.rule is not None and not isinstance(self.rule, rules.Rule):
+            raise ConfigError(f"rule={self.rule!r}: give one of hvd_agn.rules, such as rules.Add().")
+        config.choose("accumulate", self.accumulate, config.ACCUMULATE)
+        config.choose("wire_dtype", self.wire_dtype, config.WIRES)
+        config.choose("on_nonfinite", self.on_nonfinite, config.ON_NONFINITE)
+        if self.transport is not None:
+            config.choose("transport", self.transport, config.TRANSPORTS)
 
     @property
     def gradients(self) -> bool:
@@ -97,9 +106,10 @@ class Worker(Generic[A]):
         rates: the optimizer's learning rates now.
         through: calls :meth:`perform` where the parameters can be reached; None: at once.
         closed: called when the center has closed.
+        resume: as of :class:`hvd_agn.Center`.
 
     Raises:
-        ConfigError, LayoutError, LaunchError, SharedMemoryError: see :class:`hvd_agn.Center`.
+        CheckpointError, ConfigError, LayoutError, LaunchError, SharedMemoryError: see :class:`hvd_agn.Center`.
     """
 
     def __init__(
@@ -110,6 +120,7 @@ class Worker(Generic[A]):
         rates: Callable[[], Collection[float]],
         through: Callable[[str], None] | None = None,
         closed: Callable[[], None] = lambda: None,
+        resume: Resume | None = None,
     ) -> None:
         self.settings = settings
         self._rates = rates
@@ -135,7 +146,7 @@ class Worker(Generic[A]):
                 raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")
             self.arrays = arrays()
             tensors = self.arrays.tensors()
-        except (ConfigError, LayoutError) as error:  # the center tells the other ranks
+        except (CheckpointError, ConfigError, LayoutError) as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
             tensors,
@@ -148,6 +159,7 @@ class Worker(Generic[A]):
             accumulate=settings.accumulate,
             on_nonfinite=settings.on_nonfinite,
             name=settings.name,
+            resume=resume,
             failed=failed,
         )
         self.client = self.center.arrays_client
@@ -178,6 +190,11 @@ class Worker(Generic[A]):
             )
 
     # ---- steps
+
+    @property
+    def viewing_center(self) -> bool:
+        """Whether the parameters are the center's just now, within :meth:`center_weights`."""
+        return self._viewing_center
 
     def check_open(self, call: str) -> None:
         """Raise UsageError after ``close()`` or inside ``center_weights()``; ``call`` is named in the message."""
@@ -258,6 +275,7 @@ class Worker(Generic[A]):
         if self._layout_changed:  # the last exchange has said that they cannot be pushed
             self.center.own(None)
         self.center.close()
+        self.closed()
 
     # ---- what is done where the parameters can be reached
 

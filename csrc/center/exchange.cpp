@@ -143,7 +143,7 @@ void Client::settle_results() {
   for (std::size_t b = 0; b < layout.blocks(); ++b) {
     for (const Layout::Part* part = layout.begin(b); part != layout.end(b); ++part)
       if (progress_[b] != Progress::done || !active(*part, false))
-        std::memcpy(target(*part), source(*part), part->count * item_size(buffers_[part->segment].dtype));
+        std::memmove(target(*part), source(*part), part->count * item_size(buffers_[part->segment].dtype));
   }
   for (std::size_t s = 0; s < buffers_.size(); ++s) buffers_[s].data = results_[s];
   results_.clear();
@@ -152,7 +152,7 @@ void Client::settle_results() {
 void Client::copy_to_results() {
   for (std::size_t s = 0; s < results_.size(); ++s) {
     const std::size_t bytes = buffers_[s].count * item_size(buffers_[s].dtype);
-    if (bytes > 0) std::memcpy(results_[s], buffers_[s].data, bytes);
+    if (bytes > 0) std::memmove(results_[s], buffers_[s].data, bytes);  // some may be the same memory
     buffers_[s].data = results_[s];
   }
   results_.clear();

@@ -1,5 +1,8 @@
 #include "python/op_calls.hpp"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
@@ -35,10 +38,10 @@ struct Worker {
     Py_DECREF(owner);
     Py_DECREF(decides);
   }
-  bool keep(std::string text) {
+  Outcome keep(std::string text) {
     const std::lock_guard<std::mutex> lock(mutex);
     kept = std::move(text);
-    return true;
+    return Outcome::kept;
   }
 };
 
@@ -60,6 +63,29 @@ std::shared_ptr<Worker> find(std::int64_t number) {
   return found == registry().workers.end() ? nullptr : found->second;
 }
 
+/// TensorFlow's threads take denormal numbers for zero. Within the object's life this one does as all others do: the
+/// center gets the same bits from every framework. A thread that is started meanwhile inherits it.
+class Denormals {
+ public:
+#if defined(__SSE2__)
+  Denormals() : control_(_mm_getcsr()) { _mm_setcsr(control_ & ~kFlushAndZero); }
+  ~Denormals() { _mm_setcsr(control_); }
+
+ private:
+  static constexpr unsigned kFlushAndZero = 0x8040;
+  unsigned control_;
+#elif defined(__aarch64__)
+  Denormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(control_ & ~(std::uint64_t{1} << 24)));
+  }
+  ~Denormals() { __asm__ volatile("msr fpcr, %0" : : "r"(control_)); }
+
+ private:
+  std::uint64_t control_ = 0;
+#endif
+};
+
 /// Asks Python, which calls the client; never throws what Python raised.
 std::pair<std::int64_t, std::string> ask(const Worker& worker, const char* what, double rate, std::int64_t since) {
   const nb::gil_scoped_acquire gil;
@@ -76,6 +102,7 @@ class Bound {
   Bound(Client& client, const OpArray* arrays, std::size_t count) : client_(client) {
     std::vector<const void*> data;
     std::vector<void*> results;
+    bool apart = false;  // XLA may give the same memory for both
     for (std::size_t i = 0; i < count; ++i) {
       if (i < client.buffers().size()) {
         const Buffer& buffer = client.buffers()[i];
@@ -85,8 +112,9 @@ class Bound {
       }
       data.push_back(arrays[i].in);
       if (arrays[i].out || arrays[i].bytes == 0) results.push_back(arrays[i].out);
+      apart |= arrays[i].out != arrays[i].in;
     }
-    if (results.size() < count) results.clear();
+    if (results.size() < count || !apart) results.clear();
     client.bind_all(data, std::move(results));
   }
   Bound(const Bound&) = delete;
@@ -102,31 +130,33 @@ constexpr const char* kGone = "the optimizer of this function has been closed: u
 /// For an error before anything was done: the variables stay as they are.
 void keep_values(const OpArray* arrays, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i)
-    if (arrays[i].out && arrays[i].bytes > 0) __builtin_memcpy(arrays[i].out, arrays[i].in, arrays[i].bytes);
+    if (arrays[i].out && arrays[i].bytes > 0) __builtin_memmove(arrays[i].out, arrays[i].in, arrays[i].bytes);
 }
 
-bool call(std::int64_t number, const char* what, double rate, const OpArray* arrays, std::size_t count,
-          std::int64_t* since) {
+Outcome call(std::int64_t number, const char* what, double rate, const OpArray* arrays, std::size_t count,
+             std::int64_t* since) {
   const auto worker = find(number);
   if (!worker) {
     keep_values(arrays, count);
-    return true;
+    return Outcome::gone;
   }
   try {
+    const Denormals denormals;
     const Bound bound(*worker->client, arrays, count);
     auto [left, text] = ask(*worker, what, rate, *since);
     *since = left;
-    return !text.empty() && worker->keep(std::move(text));
+    return text.empty() ? Outcome::done : worker->keep(std::move(text));
   } catch (const std::exception& error) {
     keep_values(arrays, count);
     return worker->keep(error.what());
   }
 }
 
-bool accumulate(std::int64_t number, const OpArray* gradients, std::size_t count) {
+Outcome accumulate(std::int64_t number, const OpArray* gradients, std::size_t count) {
   const auto worker = find(number);
-  if (!worker) return true;
+  if (!worker) return Outcome::gone;
   try {
+    const Denormals denormals;
     const auto& buffers = worker->client->buffers();
     std::vector<Buffer> given(count);
     std::vector<const Buffer*> places(count);
@@ -137,7 +167,7 @@ bool accumulate(std::int64_t number, const OpArray* gradients, std::size_t count
       places[i] = &given[i];
     }
     worker->client->accumulate(places);
-    return false;
+    return Outcome::done;
   } catch (const std::exception& error) {
     return worker->keep(error.what());
   }

@@ -152,8 +152,8 @@ void exchange(void* kernel, TF_OpKernelContext* context) try {
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
   const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
-  const bool failed =
-      core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since);
+  const bool failed = core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(),
+                                 &since) != Outcome::done;
   for (int i = 0; i < count && status.ok(); ++i) TF_SetOutput(context, i, results[i].tensor, status);
   if (status.ok()) set_scalar(context, count, TF_INT64, since, status);
   if (status.ok()) set_scalar(context, count + 1, TF_BOOL, static_cast<unsigned char>(failed), status);
@@ -177,7 +177,8 @@ void start(void* kernel, TF_OpKernelContext* context) try {
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
   const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
-  if (core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since))
+  if (core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since) !=
+      Outcome::done)
     return fail_with_kept(context, attributes.worker);
   set_scalar(context, 0, TF_INT64, since, status);
   if (!status.ok()) TF_OpKernelContext_Failure(context, status);
@@ -199,7 +200,8 @@ void accumulate(void* kernel, TF_OpKernelContext* context) try {
                                                                     TF_TensorByteSize(gradient)};
   }
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
-  if (core->accumulate(attributes.worker, arrays.data(), arrays.size())) fail_with_kept(context, attributes.worker);
+  if (core->accumulate(attributes.worker, arrays.data(), arrays.size()) != Outcome::done)
+    fail_with_kept(context, attributes.worker);
 } catch (const std::exception& error) {
   fail(context, error.what());
 }

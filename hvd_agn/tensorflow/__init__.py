@@ -10,6 +10,7 @@ if keras.config.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported, or use hvd_agn.torch."
     )
 
+from . import callbacks
 from .optimizer import AGNOptimizer
 
-__all__ = ["AGNOptimizer"]
+__all__ = ["AGNOptimizer", "callbacks"]

@@ -9,7 +9,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -17,28 +16,11 @@ import tensorflow as tf
 from .. import _core
 from ..errors import UsageError
 from ..worker import Worker
+from . import library, xla
 from .variables import Variables
 
-LIBRARY = Path(_core.__file__).with_name("_tensorflow_ops.so")
-
-
-@functools.cache
-def load() -> Any:
-    """The ops, once their library and the core know each other."""
-    for path in Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.so.*"):
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # whose symbols the library is to find
-    ops = tf.load_op_library(str(LIBRARY))
-    _native().hvd_agn_connect(ctypes.c_void_p(_core.op_calls()))
-    _let_errors_out()
-    return ops
-
-
-@functools.cache
-def _native() -> ctypes.CDLL:
-    return ctypes.CDLL(str(LIBRARY))
-
-
 _kept: dict[int, BaseException] = {}  # by worker: what its last call raised
+_unraised: set[int] = set()  # workers whose error no op raises, as the function was compiled by XLA
 _MARK = re.compile(r"(?:{{.*}} )?(.*) \[hvd_agn worker (\d+)\]")
 
 
@@ -48,25 +30,33 @@ def own_error(error: tf.errors.OpError) -> BaseException | None:
     return (_kept.pop(int(found[2]), None) or UsageError(found[1])) if found else None
 
 
+@functools.cache
 def _let_errors_out() -> None:
-    """Let them come out of functions as they were raised: between Keras' ``fit`` and its ops is no line of ours.
+    """Let them come out of functions and sessions as they were raised: between ``fit`` and its ops is no line of ours.
 
-    The method is private: where a TensorFlow does not have it, the error is TensorFlow's, with the same text.
+    The first method is private: where a TensorFlow does not have it, the error is TensorFlow's, with the same text.
     """
     from tensorflow.python.eager import context
 
-    original: Callable[..., Any] | None = getattr(context.Context, "call_function", None)
-    if original is None:
-        return
+    for owner, name in ((context.Context, "call_function"), (tf.compat.v1.Session, "run")):
+        if (original := getattr(owner, name, None)) is not None:
+            setattr(owner, name, _with_own_errors(original))
 
+
+def _with_own_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def call_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original(self, *args, **kwargs)
+            result = original(self, *args, **kwargs)
         except tf.errors.InternalError as error:
             raise (own_error(error) or error) from None
+        except tf.errors.InvalidArgumentError as error:
+            raise (xla.own_error(error) or error) from None
+        if _unraised:
+            raise _kept.pop(_unraised.pop())
+        return result
 
-    context.Context.call_function = call_function
+    return call
 
 
 @contextmanager
@@ -78,6 +68,9 @@ def _own_errors() -> Iterator[None]:
         raise (own_error(error) or error) from None
 
 
+_COMPILED = "compiled "  # begins the name of a call from a function that XLA has compiled
+
+
 class Ops:
     """The ops of one worker.
 
@@ -87,7 +80,8 @@ class Ops:
     """
 
     def __init__(self, worker: Worker[Variables], since: tf.Variable) -> None:
-        self._ops = load()
+        self._ops = library.ops()
+        _let_errors_out()
         self._worker = worker
         self._variables = worker.arrays.exchanged
         self._since = since
@@ -98,6 +92,7 @@ class Ops:
     def _decide(self, what: str, since: int, rate: float) -> tuple[int, str]:
         """For the core, while the client has the variables; an error does not pass through it, but is kept."""
         worker = self._worker
+        compiled, what = what.startswith(_COMPILED), what.removeprefix(_COMPILED)
         worker.steps_since_exchange, self.rate = since, rate
         _kept.pop(self._number, None)
         text = ""
@@ -108,18 +103,27 @@ class Ops:
         except BaseException as error:  # of any kind: KeyboardInterrupt too comes out where the op was called
             _kept[self._number] = error
             text = str(error) or type(error).__name__
+            if compiled:
+                _unraised.add(self._number)
         return worker.steps_since_exchange, text
 
-    def call(self, what: str, rate: Any = 0.0) -> None:
-        """Bring the variables' values, and assign what they become; then raise what went wrong, if something did."""
+    def call(self, what: str, rate: Any = 0.0) -> Any:
+        """Bring the variables' values, and assign what they become; then raise what went wrong, if something did.
+
+        In a graph: returns the op that has done so.
+        """
         values = [v.read_value() for v in self._variables]
-        results, left, failed = self._ops.hvd_agn_exchange(
-            values, self._since.read_value(), tf.cast(rate, tf.float64), worker=self._number, call=what
-        )
+        since, rate = self._since.read_value(), tf.cast(rate, tf.float64)
+        if xla.inside():
+            results, left = xla.exchange(self._number, _COMPILED + what, values, since, rate)
+        else:
+            results, left, failed = self._ops.hvd_agn_exchange(values, since, rate, worker=self._number, call=what)
         assigned = [v.assign(r, read_value=False) for v, r in zip(self._variables, results, strict=True)]
         assigned.append(self._since.assign(left, read_value=False))
+        if xla.inside():
+            return None
         with tf.control_dependencies([op for op in assigned if op is not None]), _own_errors():
-            self._ops.hvd_agn_raise(failed, worker=self._number)
+            return self._ops.hvd_agn_raise(failed, worker=self._number)
 
     def start(self, rate: Any = 0.0) -> None:
         """Bring the values for an exchange in the background."""
@@ -134,15 +138,18 @@ class Ops:
         """Whether an exchange in the background is to be merged; one is waited for if ``due``."""
         return self._ops.hvd_agn_ready(due, worker=self._number)
 
-    def accumulate(self, gradients: Sequence[Any]) -> None:
-        """Add gradients, one per variable, None where there is none, to those since the last exchange."""
+    def accumulate(self, gradients: Sequence[Any]) -> Any:
+        """Add gradients, one per variable, None where there is none, to those since the last exchange.
+
+        In a graph: returns the op that does so.
+        """
         places = [i for i, gradient in enumerate(gradients) if gradient is not None]
         dense = [tf.cast(tf.convert_to_tensor(gradients[i]), self._variables[i].dtype) for i in places]
         with _own_errors():
-            self._ops.hvd_agn_accumulate(dense, worker=self._number, places=places, arrays=len(self._variables))
+            return self._ops.hvd_agn_accumulate(dense, worker=self._number, places=places, arrays=len(self._variables))
 
     def leave(self) -> None:
         """The worker has gone: ops that are still called raise UsageError."""
         _core.op_leave(self._number)
-        _native().hvd_agn_leave(ctypes.c_int64(self._number))
+        library.functions().hvd_agn_leave(ctypes.c_int64(self._number))
         _kept.pop(self._number, None)

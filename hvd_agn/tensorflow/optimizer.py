@@ -3,6 +3,7 @@
 This file knows Keras and nothing of MPI; when to exchange is :class:`hvd_agn.worker.Worker`'s.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -17,46 +18,25 @@ from ..client import Stats
 from ..errors import ConfigError, UsageError
 from ..worker import Settings, Worker
 from .ops import Ops
+from .refused import refuse_optimizer, refuse_strategy, refuse_surroundings
+from .state import Files, config_of, rule_of
 from .variables import Variables, plain
+from .wrapper import Wrapper
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# What keras.optimizers.Optimizer has as plain attributes: they are the wrapped optimizer's.
-_FORWARDED = (
-    "weight_decay",
-    "clipnorm",
-    "global_clipnorm",
-    "clipvalue",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-    "loss_scale_factor",
-    "gradient_accumulation_steps",
-)
-
-
-def _forwarded(name: str) -> property:
-    def get(self: "AGNOptimizer") -> Any:
-        if self._own_only or "inner_optimizer" not in self.__dict__:
-            return None
-        return getattr(self.inner_optimizer, name)
-
-    def set_(self: "AGNOptimizer", value: Any) -> None:
-        if "inner_optimizer" in self.__dict__:
-            setattr(self.inner_optimizer, name, value)
-
-    return property(get, set_, doc="The wrapped optimizer's.")
+_STATE_KEY = "hvd_agn"  # in Keras' files
 
 
 @keras.saving.register_keras_serializable(package="hvd_agn")
-class AGNOptimizer(keras.optimizers.Optimizer):
+class AGNOptimizer(Wrapper):
     """Wraps an optimizer so that its variables are exchanged with a center every ``communication_period`` updates.
 
     ``apply()`` is the wrapped optimizer's; at the end of a period it also pushes ``(theta - anchor) / updates`` and
-    sets the variables to the center (Hermans, Spanakis, Moeckel, ACML 2017, arXiv 1710.02368, algorithm 1). No rank waits
-    for another. An update is counted when it is applied: not while gradients are accumulated, nor when a loss scale
-    leaves one out.
+    sets the variables to the center (Hermans, Spanakis, Moeckel, ACML 2017, arXiv 1710.02368, algorithm 1). No rank
+    waits for another. An update is counted when it is applied: not while gradients are accumulated, nor when a loss
+    scale leaves one out.
 
     The center is made by the first ``apply()``, or by :meth:`start`, which is collective: all ranks' variables become
     rank 0's. What has not been pushed is pushed at the end of ``fit``, when the program ends, or by :meth:`flush` or
@@ -74,8 +54,6 @@ class AGNOptimizer(keras.optimizers.Optimizer):
         TypeError: ``optimizer`` is not a Keras 3 optimizer, or is one that has to be outside of this one.
         ConfigError: another argument is none of its choices.
     """
-
-    _own_only = False
 
     def __init__(
         self,
@@ -95,9 +73,9 @@ class AGNOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         if isinstance(optimizer, (str, dict)):
             optimizer = keras.optimizers.get(optimizer)
-        _refuse_unusable(optimizer)
-        # A callable, so that Keras makes no variable for a learning rate of ours.
-        super().__init__(learning_rate=lambda: optimizer.learning_rate, name=name)
+        refuse_optimizer(optimizer)
+        super().__init__(optimizer, name)
+        refuse_strategy(self.name)
         self._settings = Settings(
             communication_period=communication_period,
             rule=rule,
@@ -111,8 +89,6 @@ class AGNOptimizer(keras.optimizers.Optimizer):
             on_nonfinite=on_nonfinite,
             name=self.name,
         )
-        self.inner_optimizer = optimizer
-        """The wrapped optimizer. Keras' own wrapper, its callbacks and its files know it by this name."""
         if self._settings.gradients and (self.loss_scale_factor or self.gradient_accumulation_steps):
             raise ConfigError(
                 "accumulate='gradients' sums gradients as they come: leave loss_scale_factor and "
@@ -120,22 +96,9 @@ class AGNOptimizer(keras.optimizers.Optimizer):
             )
         self._worker: Worker[Variables] | None = None
         self._ops: Ops | None = None
+        self._files = Files()
 
     # ---- what fit and loops call
-
-    def build(self, variables: Iterable[Any]) -> None:
-        """Make the wrapped optimizer's variables, and no center: Keras builds before it loads a model's values."""
-        if self.built:
-            return
-        variables = list(variables)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        # Keras would make a second set of averages and accumulators here, and evaluate with it.
-        self._own_only = True
-        try:
-            super().build(variables)
-        finally:
-            self._own_only = False
 
     def start(self, variables: Iterable[Any] | None = None) -> None:
         """Make the center. Collective; the first ``apply()`` does it otherwise. Again: does nothing.
@@ -145,6 +108,7 @@ class AGNOptimizer(keras.optimizers.Optimizer):
 
         Raises:
             LayoutError: a variable cannot be exchanged, or the ranks' variables differ.
+            CheckpointError: what was loaded is of other variables, or of a rule with other slots.
             ConfigError, LaunchError, SharedMemoryError: see :class:`hvd_agn.Center`.
             UsageError: there are no variables yet, or TensorFlow runs in graph mode.
         """
@@ -165,19 +129,21 @@ class AGNOptimizer(keras.optimizers.Optimizer):
         worker: Worker[Variables] = Worker(
             self._settings,
             self.inner_optimizer,
-            lambda: Variables(self._trainable_variables),
+            lambda: self._files.checked(Variables(self._trainable_variables)),
             self._rates,
             self._through,
             self._closed,
+            self._files.center,
         )
-        worker.arrays.settle(worker.client)
+        variables = worker.arrays
+        if self._settings.gradients:
+            variables.sums = worker.client.accumulators()
+        (variables.keep if self._files.resume(worker) else variables.settle)(worker.client)
+        # Not tracked: it is for the files to say what becomes of it when a checkpoint is restored.
+        self.__dict__["_since"] = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates_since_exchange")
+        self._files.begin(worker, self._since)
         self._ops = Ops(worker, self._since)
         self._worker = worker
-
-    @property
-    def _since(self) -> Any:
-        """Updates since the last exchange, in the counter that Keras makes for every optimizer."""
-        return plain(self._iterations)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """The wrapped optimizer's, and at the end of a period an exchange, or with ``overlap`` the start of one.
@@ -187,22 +153,23 @@ class AGNOptimizer(keras.optimizers.Optimizer):
             StallError, MPIError, RuleError: of this exchange, or with ``overlap`` of one in the background; updates
                 that were not pushed are part of the next exchange.
             UsageError: after ``close()`` or inside ``center_weights()``.
-            ConfigError: the step is compiled by XLA.
+            ConfigError: the step is compiled by XLA, and cannot be.
         """
         if len(grads) == 0:
             return
-        _refuse_surroundings(self.name)
+        refuse_surroundings(self.name, self._settings)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
         if trainable_variables is not None or self.built:
             self.start(trainable_variables)
             self._open().check_open("apply()")
         before = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64)
-        if self._settings.gradients:
-            self._accumulate(grads, trainable_variables)
         self.inner_optimizer.apply(grads, trainable_variables)
+        accumulated = self._accumulate(grads, trainable_variables) if self._settings.gradients else None
         applied = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64) - before
-        self._exchange_when_due(self._since.assign_add(applied))
+        with tf.control_dependencies([] if accumulated is None else [accumulated]):  # a graph knows no other order
+            since = self._since.assign_add(applied)
+        self._exchange_when_due(since)
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
         """As ``apply()``; returns the updates applied so far."""
@@ -210,11 +177,24 @@ class AGNOptimizer(keras.optimizers.Optimizer):
         return self.iterations
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """The end of ``fit``: push what is left; then the wrapped optimizer's own, such as averages."""
+        """The end of ``fit``: push what is left; then the wrapped optimizer's own, such as averages.
+
+        Where ``SwapEMAWeights`` has put the averages into the model for good, what is left is lost: they are no update.
+        """
         if self._worker is not None and self._ops is not None:
-            self.flush()
+            if self._has_averages():
+                self.pull()
+            else:
+                self.flush()
         if self.inner_optimizer.built:
             self.inner_optimizer.finalize_variable_values(var_list)
+
+    def _has_averages(self) -> bool:
+        """Whether the variables are their own averages, and not because the wrapped optimizer overwrites them."""
+        if not self.use_ema or self.ema_overwrite_frequency or int(self.iterations) < 2:
+            return False
+        pairs = zip(self._trainable_variables, self._model_variables_moving_average, strict=True)
+        return all(bool(tf.reduce_all(plain(v) == plain(a))) for v, a in pairs if a is not None)
 
     # ---- exchange
 
@@ -228,11 +208,11 @@ class AGNOptimizer(keras.optimizers.Optimizer):
         else:
             _when(due, lambda: ops.call("exchange", self._rate_now()))
 
-    def _accumulate(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> None:
+    def _accumulate(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> Any:
         assert self._worker is not None
         assert self._ops is not None
         by_id = {id(plain(v)): g for v, g in zip(variables or self._trainable_variables, grads, strict=True)}
-        self._ops.accumulate([by_id.get(id(v)) for v in self._worker.arrays.exchanged])
+        return self._ops.accumulate([by_id.get(id(v)) for v in self._worker.arrays.exchanged])
 
     def _rate_now(self) -> Any:
         return self.learning_rate if self._worker is not None and self._worker.center.rule.follows else 0.0
@@ -299,6 +279,8 @@ class AGNOptimizer(keras.optimizers.Optimizer):
         if self._ops is not None:
             self._ops.leave()
             self._ops = None
+        if self._worker is not None:
+            self._worker.arrays.sums = []  # which keep the core's memory
 
     def __enter__(self) -> "AGNOptimizer":
         return self
@@ -306,84 +288,56 @@ class AGNOptimizer(keras.optimizers.Optimizer):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- what Keras sees of the wrapped optimizer
-
     @property
     def communication_period(self) -> int:
         """Updates between two exchanges."""
         return self._settings.communication_period
 
-    @property
-    def variables(self) -> list[Any]:
-        """This optimizer's own, and the wrapped optimizer's."""
-        return [*self._variables, *self.inner_optimizer.variables]
-
-    @property
-    def iterations(self) -> Any:
-        """Updates applied: the wrapped optimizer's."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def learning_rate(self) -> Any:
-        """The wrapped optimizer's."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    def scale_loss(self, loss: Any) -> Any:
-        """The wrapped optimizer's."""
-        return self.inner_optimizer.scale_loss(loss)
-
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """The wrapped optimizer's."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set this optimizer's variables and the wrapped optimizer's, in the order of :attr:`variables`."""
-        own = len(self._variables)
-        for variable, value in zip(self._variables, weights[:own], strict=True):
-            variable.assign(value)
-        self.inner_optimizer.set_weights(weights[own:])
-
-    def __getattr__(self, name: str) -> Any:
-        """What only the wrapped optimizer has: momentum, beta_1; SwapEMAWeights asks for its averages."""
-        public = not name.startswith("_") or name == "_model_variables_moving_average"
-        if not public or "inner_optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.__dict__["inner_optimizer"], name)
-
     # ---- files
 
     def save_own_variables(self, store: Any) -> None:
-        """This optimizer's own variables; Keras finds the wrapped optimizer's by itself."""
-        for i, variable in enumerate(self._variables):
-            store[str(i)] = np.asarray(variable)
+        """This worker's counters and anchor, and on rank 0 the center. Keras finds the wrapped optimizer by itself.
+
+        Not collective. With ``overlap`` this ends the exchange under way.
+        """
+        store[_STATE_KEY] = np.frombuffer(self._files.serialize(), np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
-        """What :meth:`save_own_variables` saved; nothing where the file is the wrapped optimizer's alone."""
-        if len(store.keys()) == len(self._variables):
-            for i, variable in enumerate(self._variables):
-                variable.assign(store[str(i)])
+        """What :meth:`save_own_variables` saved, or else the wrapped optimizer's own file. Not collective.
+
+        Before there is a center: it will begin as rank 0's file has it, and so will a worker whose file is of its own
+        rank among as many; the others take the center over. Later: the center stays as it is (``center.load`` is for
+        that), and a worker to whom the file does not belong takes it over.
+
+        Raises:
+            CheckpointError: the file is damaged, or of other variables.
+        """
+        if _STATE_KEY in store.keys():  # noqa: SIM118 (not a dict)
+            self._files.load(np.asarray(store[_STATE_KEY]).tobytes())
+        elif len(store.keys()) > 0:
+            self.load_of_wrapped(store)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, with which :meth:`from_config` makes the same; not ``comm``, which no file can hold."""
-        return {
-            "name": self.name,
-            "communication_period": self._settings.communication_period,
-            "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-        }
+        """The arguments, with which :meth:`from_config` makes the same; but not ``comm``, which no file can hold.
+
+        Raises:
+            ConfigError: the rule is a ``rules.Custom``, a function.
+        """
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        return {"optimizer": inner, **config_of(self._settings)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "AGNOptimizer":
         """The optimizer that :meth:`get_config` described."""
-        inner = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects)
-        return cls(**{**config, "optimizer": inner})
+        inner = copy.deepcopy(config["optimizer"])  # Keras would write over it
+        inner = keras.saving.deserialize_keras_object(inner, custom_objects=custom_objects)
+        return cls(**{**config, "optimizer": inner, "rule": rule_of(config.get("rule"))})
 
-
-for _name in _FORWARDED:
-    setattr(AGNOptimizer, _name, _forwarded(_name))
+    def __reduce__(self) -> Any:
+        raise UsageError(
+            f"{self.name}: an AGNOptimizer cannot be copied or pickled, its center is shared memory. For another like "
+            "it: AGNOptimizer.from_config(optimizer.get_config())."
+        )
 
 
 def _when(condition: Any, do: Any) -> None:
@@ -394,41 +348,3 @@ def _when(condition: Any, do: Any) -> None:
         return tf.constant(0)
 
     tf.cond(condition, branch, lambda: tf.constant(0))
-
-
-def _refuse_unusable(optimizer: Any) -> None:
-    """Raise TypeError unless it is a Keras 3 optimizer that can be inside of this one."""
-    kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    if isinstance(optimizer, AGNOptimizer):
-        raise TypeError("optimizer is an AGNOptimizer already: wrap the optimizer inside it.")
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise TypeError(
-            "optimizer is a LossScaleOptimizer, which has to be outside: LossScaleOptimizer(AGNOptimizer(...)), or "
-            "leave it to model.compile(), which wraps an AGNOptimizer under a mixed_float16 policy."
-        )
-    if type(optimizer).__module__.startswith("horovod.") or hasattr(optimizer, "_allreduce_grads"):
-        raise TypeError(
-            f"optimizer is Horovod's {kind}, which averages the gradients of every step: wrap the optimizer inside it."
-        )
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        legacy = kind.startswith(("tf_keras.", "keras.src.legacy", "tensorflow.python.keras"))
-        hint = " tf_keras is Keras 2: use Keras 3 (leave TF_USE_LEGACY_KERAS out)." if legacy else ""
-        raise TypeError(f"optimizer is a {kind}: give a keras.optimizers.Optimizer of Keras 3.{hint}")
-
-
-def _refuse_surroundings(name: str) -> None:
-    """Raise ConfigError under tf.distribute, and where XLA compiles the step."""
-    if tf.distribute.has_strategy():
-        raise ConfigError(
-            f"{name}: under a tf.distribute strategy, whose place hvd_agn takes: build and train the model outside of "
-            "strategy.scope(), one rank per device."
-        )
-    if tf.executing_eagerly():
-        return
-    from tensorflow.python.ops import control_flow_util  # private, the same in 2.17 to 2.21
-
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        raise ConfigError(
-            f"{name}: XLA compiles this step, and cannot compile an exchange: use "
-            "model.compile(..., jit_compile=False), or tf.function without jit_compile."
-        )

@@ -41,6 +41,8 @@ class Variables:
             seen.add(id(value))
             self.exchanged.append(value)
             self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
+        self.sums: list[np.ndarray] = []
+        """The core's memory of what is accumulated for each, if gradients are pushed."""
         self._start: dict[str, np.ndarray] | None = {
             name: np.array(value.numpy(), order="C") for name, value in zip(self.names, self.exchanged, strict=True)
         }
@@ -55,8 +57,24 @@ class Variables:
         assert self._start is not None
         for variable, value in zip(self.exchanged, self._start.values(), strict=True):
             variable.assign(value)
+        self.keep(client)
+
+    def keep(self, client: Client) -> None:
+        """Leave the variables as they are; from now on ops bring them."""
         client.unbind()
         self._start = None
+
+    def anchor(self, client: Client) -> list[np.ndarray]:
+        """A copy of the anchor of each."""
+        anchor = [np.empty(variable.shape, variable.dtype.as_numpy_dtype) for variable in self.exchanged]
+        for i, values in enumerate(anchor):
+            client.read_anchor(i, values)
+        return anchor
+
+    def set_anchor(self, client: Client, anchor: Sequence[np.ndarray]) -> None:
+        """Set the anchor of each."""
+        for i, (variable, values) in enumerate(zip(self.exchanged, anchor, strict=True)):
+            client.write_anchor(i, np.array(values, variable.dtype.as_numpy_dtype, order="C"))
 
     def read(self, client: Client) -> None:
         """Nothing: the op that calls has brought them."""
@@ -76,10 +94,10 @@ class Variables:
 
 def _refuse_unusable(name: str, value: Any) -> None:
     reason = None
-    if not isinstance(value, tf.Variable):
-        reason = f"is a {type(value).__name__}; use a variable"
-    elif isinstance(value, tf.distribute.DistributedValues):
+    if isinstance(value, tf.distribute.DistributedValues):
         reason = "belongs to a tf.distribute strategy; hvd_agn takes its place: build the model outside of the scope"
+    elif not isinstance(value, tf.Variable):
+        reason = f"is a {type(value).__name__}; use a variable"
     elif value.dtype not in _DTYPES:
         reason = f"is {value.dtype.name}; use float32, float64, float16 or bfloat16"
     elif not value.shape.is_fully_defined():

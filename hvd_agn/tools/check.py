@@ -140,7 +140,7 @@ def _tensorflow() -> Iterator[Line]:
     yield found
     if found.status != OK or mpi.world_rank() != 0:
         return
-    command = [sys.executable, "-c", "from hvd_agn.tensorflow import ops; ops.load(); print(ops.LIBRARY)"]
+    command = [sys.executable, "-c", "from hvd_agn.tensorflow import library; library.ops(); print(library.PATH)"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_"))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:

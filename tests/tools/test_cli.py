@@ -1,10 +1,14 @@
 """The commands, the example and the documents, run as a user would."""
 
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -116,8 +120,23 @@ def test_the_example_learns_and_reports(tmp_path):
     assert report["ranks"] == 2
     assert report["exchanges"] == 2 * 8 * 125 / 10
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"epoch 8/8.*loss .*center version \d+, staleness", done.stderr)
+    progress = r"epoch \d/8, \d+ step/s, loss \d\.\d+, center version \d+, staleness \d+\.\d\n"
+    assert re.fullmatch(f"({progress})+", done.stderr)
+    assert "\nepoch 8/8" in f"\n{done.stderr}"
     assert "rank 1: 100 exchanges, 0 refused" in done.stdout
+
+
+def test_the_example_shows_a_bar_on_a_terminal():
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))
+    command = [sys.executable, EXAMPLE, "--epochs", "1", "--batch", "200"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0, shown
+    assert re.search(r"\repoch 1/1: 100%\|.* 20/20 .*, loss \d\.\d+, center version 2, staleness 0\.0\]", shown)
+    assert "rank 0: 2 exchanges" in done.stdout
 
 
 def test_the_example_says_how_to_get_the_data():
@@ -163,7 +182,7 @@ def test_commands_in_the_documents(command):
 def test_targets_in_the_documents():
     text = "\n".join(block.values[0] for block in blocks("bash"))
     rules = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^make (\w+)", text, re.M)):
+    for target in set(re.findall(r"^make ([\w-]+)", text, re.M)):
         assert re.search(rf"^{target}:", rules, re.M), target
 
 

@@ -1,0 +1,48 @@
+"""What cannot be wrapped, and where a wrapped optimizer cannot be used: each with the way out."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ..errors import ConfigError
+from ..worker import Settings
+from . import xla
+from .wrapper import Wrapper
+
+
+def refuse_optimizer(optimizer: Any) -> None:
+    """Raise TypeError unless it is a Keras 3 optimizer that can be inside of an AGNOptimizer."""
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    if isinstance(optimizer, Wrapper):
+        raise TypeError("optimizer is an AGNOptimizer already: wrap the optimizer inside it.")
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise TypeError(
+            "optimizer is a LossScaleOptimizer, which has to be outside: LossScaleOptimizer(AGNOptimizer(...)), or "
+            "leave it to model.compile(), which wraps an AGNOptimizer under a mixed_float16 policy."
+        )
+    if type(optimizer).__module__.startswith("horovod.") or hasattr(optimizer, "_allreduce_grads"):
+        raise TypeError(
+            f"optimizer is Horovod's {kind}, which averages the gradients of every step: wrap the optimizer inside it."
+        )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        legacy = kind.startswith(("tf_keras.", "keras.src.legacy", "tensorflow.python.keras"))
+        hint = " tf_keras is Keras 2: use Keras 3 (leave TF_USE_LEGACY_KERAS out)." if legacy else ""
+        raise TypeError(f"optimizer is a {kind}: give a keras.optimizers.Optimizer of Keras 3.{hint}")
+
+
+def refuse_strategy(name: str) -> None:
+    """Raise ConfigError under tf.distribute."""
+    if tf.distribute.has_strategy():
+        raise ConfigError(
+            f"{name}: under a tf.distribute strategy, whose place hvd_agn takes: build and train the model outside of "
+            "strategy.scope(), one rank per device."
+        )
+
+
+def refuse_surroundings(name: str, settings: Settings) -> None:
+    """Raise ConfigError under tf.distribute, and where XLA compiles the step and cannot compile an exchange."""
+    refuse_strategy(name)
+    if xla.inside():
+        option = "accumulate='gradients'" if settings.gradients else "overlap=True" if settings.overlap else None
+        xla.refuse(name, option)
