@@ -100,10 +100,11 @@ def _tensorflow(variables: int, size: int) -> tuple[Callable[[], object], Callab
     model = [tf.Variable(tf.zeros(size)) for _ in range(variables)]
     optimizer: Any = AGNOptimizer(keras.optimizers.SGD(1e-3), NEVER)
     optimizer.start(model)
+    update = tf.ones(size)
 
     def train() -> None:
         for variable in model:
-            variable.assign_add(tf.ones(size))
+            variable.assign_add(update)
         optimizer._since.assign_add(1)
 
     def boundary() -> None:
