@@ -1,6 +1,8 @@
 // TensorFlow ops that call the core, on TensorFlow's C API alone. Values go in as tensors; new values come out in
-// buffers of the worker's pool, and the graph assigns them: what is written through a value that was read would be lost
-// where a variable copies on reading, as it does after a sparse update.
+// others, and the graph assigns them: what is written through a value that was read would be lost where a variable
+// copies on reading, as it does after a sparse update.
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -8,36 +10,14 @@
 
 #include "tensorflow/c_api.hpp"
 #include "tensorflow/calls.hpp"
-#include "tensorflow/pool.hpp"
+#include "tensorflow/handles.hpp"
+#include "tensorflow/spares.hpp"
 
 namespace hvd_agn {
 namespace {
 
 constexpr std::size_t kTextBytes = 4096;
 const CoreCalls* core = nullptr;
-
-// ---- what the C API gives as pointers that are to be deleted
-
-struct Status {
-  TF_Status* const status = TF_NewStatus();
-  Status() = default;
-  Status(const Status&) = delete;
-  Status& operator=(const Status&) = delete;
-  ~Status() { TF_DeleteStatus(status); }
-  operator TF_Status*() const { return status; }
-  bool ok() const { return TF_GetCode(status) == TF_OK; }
-};
-
-struct Tensor {
-  TF_Tensor* tensor = nullptr;
-  Tensor() = default;
-  explicit Tensor(TF_Tensor* tensor) : tensor(tensor) {}
-  Tensor(Tensor&& other) noexcept : tensor(std::exchange(other.tensor, nullptr)) {}
-  Tensor& operator=(Tensor&&) = delete;
-  ~Tensor() {
-    if (tensor) TF_DeleteTensor(tensor);
-  }
-};
 
 void fail(TF_OpKernelContext* context, const char* text) {
   const Status status;
@@ -51,16 +31,21 @@ void fail_with_kept(TF_OpKernelContext* context, std::int64_t worker) {
   fail(context, text);
 }
 
-// ---- pools, by worker
+// ---- by worker
 
-std::mutex pools_mutex;
-std::map<std::int64_t, std::shared_ptr<Pool>> pools;
+std::mutex spares_mutex;
+std::map<std::int64_t, std::shared_ptr<Spares>> all_spares;
 
-std::shared_ptr<Pool> pool_of(std::int64_t worker) {
-  const std::lock_guard<std::mutex> lock(pools_mutex);
-  auto& pool = pools[worker];
-  if (!pool) pool = std::make_shared<Pool>();
-  return pool;
+std::shared_ptr<Spares> spares_of(std::int64_t worker) {
+  const std::lock_guard<std::mutex> lock(spares_mutex);
+  auto& spares = all_spares[worker];
+  if (!spares) spares = std::make_shared<Spares>();
+  return spares;
+}
+
+void leave(std::int64_t worker) {
+  const std::lock_guard<std::mutex> lock(spares_mutex);
+  all_spares.erase(worker);
 }
 
 // ---- attributes, inputs, outputs
@@ -121,13 +106,11 @@ void set_scalar(TF_OpKernelContext* context, int index, TF_DataType type, T valu
   if (TF_GetCode(status) == TF_OK) *static_cast<T*>(TF_TensorData(tensor.tensor)) = value;
 }
 
-/// A tensor like another, in memory of the pool.
-Tensor like(const Tensor& tensor, Pool& pool) {
-  std::vector<std::int64_t> shape(static_cast<std::size_t>(TF_NumDims(tensor.tensor)));
-  for (std::size_t d = 0; d < shape.size(); ++d) shape[d] = TF_Dim(tensor.tensor, static_cast<int>(d));
-  const std::size_t bytes = TF_TensorByteSize(tensor.tensor);
-  return Tensor(TF_NewTensor(TF_TensorType(tensor.tensor), shape.data(), static_cast<int>(shape.size()),
-                             pool.take(bytes), bytes, &Pool::give_back, nullptr));
+/// The first `count` inputs.
+std::vector<Tensor> inputs(TF_OpKernelContext* context, int count, TF_Status* status) {
+  std::vector<Tensor> values;
+  for (int i = 0; i < count && TF_GetCode(status) == TF_OK; ++i) values.push_back(input(context, i, status));
+  return values;
 }
 
 // ---- the ops
@@ -139,24 +122,24 @@ void exchange(void* kernel, TF_OpKernelContext* context) try {
   const auto& attributes = *static_cast<const Attributes*>(kernel);
   const Status status;
   const int count = TF_NumInputs(context) - 2;
-  const auto pool = pool_of(attributes.worker);
-  std::vector<Tensor> values, results;
-  std::vector<OpArray> arrays;
-  for (int i = 0; i < count && status.ok(); ++i) {
-    values.push_back(input(context, i, status));
-    if (!status.ok()) break;
-    results.push_back(like(values.back(), *pool));
-    arrays.push_back({TF_TensorData(values.back().tensor), TF_TensorData(results.back().tensor),
-                      TF_TensorByteSize(values.back().tensor)});
-  }
+  std::vector<Tensor> values = inputs(context, count, status);
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
   const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
-  const bool failed = core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(),
-                                 &since) != Outcome::done;
+  const auto spares = spares_of(attributes.worker);
+  const std::vector<Tensor> results = spares->take(values);
+  std::vector<OpArray> arrays;
+  for (int i = 0; i < count; ++i) arrays.push_back({values[i].data(), results[i].data(), values[i].bytes()});
+  const Outcome outcome =
+      core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since);
   for (int i = 0; i < count && status.ok(); ++i) TF_SetOutput(context, i, results[i].tensor, status);
+  if (outcome == Outcome::gone)
+    leave(attributes.worker);
+  else
+    spares->keep(std::move(values));
   if (status.ok()) set_scalar(context, count, TF_INT64, since, status);
-  if (status.ok()) set_scalar(context, count + 1, TF_BOOL, static_cast<unsigned char>(failed), status);
+  if (status.ok())
+    set_scalar(context, count + 1, TF_BOOL, static_cast<unsigned char>(outcome != Outcome::done), status);
   if (!status.ok()) TF_OpKernelContext_Failure(context, status);
 } catch (const std::exception& error) {
   fail(context, error.what());
@@ -167,16 +150,12 @@ void start(void* kernel, TF_OpKernelContext* context) try {
   const auto& attributes = *static_cast<const Attributes*>(kernel);
   const Status status;
   const int count = TF_NumInputs(context) - 2;
-  std::vector<Tensor> values;
-  std::vector<OpArray> arrays;
-  for (int i = 0; i < count && status.ok(); ++i) {
-    values.push_back(input(context, i, status));
-    if (status.ok())
-      arrays.push_back({TF_TensorData(values.back().tensor), nullptr, TF_TensorByteSize(values.back().tensor)});
-  }
+  const std::vector<Tensor> values = inputs(context, count, status);
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
   const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
+  std::vector<OpArray> arrays;
+  for (const Tensor& value : values) arrays.push_back({value.data(), nullptr, value.bytes()});
   if (core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since) !=
       Outcome::done)
     return fail_with_kept(context, attributes.worker);
@@ -190,16 +169,11 @@ void start(void* kernel, TF_OpKernelContext* context) try {
 void accumulate(void* kernel, TF_OpKernelContext* context) try {
   const auto& attributes = *static_cast<const Attributes*>(kernel);
   const Status status;
-  std::vector<Tensor> gradients;
-  std::vector<OpArray> arrays(static_cast<std::size_t>(attributes.arrays));
-  for (int i = 0; i < TF_NumInputs(context) && status.ok(); ++i) {
-    gradients.push_back(input(context, i, status));
-    if (!status.ok()) break;
-    const TF_Tensor* gradient = gradients.back().tensor;
-    arrays.at(static_cast<std::size_t>(attributes.places.at(i))) = {TF_TensorData(gradient), nullptr,
-                                                                    TF_TensorByteSize(gradient)};
-  }
+  const std::vector<Tensor> gradients = inputs(context, TF_NumInputs(context), status);
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
+  std::vector<OpArray> arrays(static_cast<std::size_t>(attributes.arrays));
+  for (std::size_t i = 0; i < gradients.size(); ++i)
+    arrays.at(static_cast<std::size_t>(attributes.places.at(i))) = {gradients[i].data(), nullptr, gradients[i].bytes()};
   if (core->accumulate(attributes.worker, arrays.data(), arrays.size()) != Outcome::done)
     fail_with_kept(context, attributes.worker);
 } catch (const std::exception& error) {
@@ -290,11 +264,7 @@ extern "C" __attribute__((visibility("default"))) void hvd_agn_connect(const voi
   hvd_agn::core = static_cast<const hvd_agn::CoreCalls*>(calls);
 }
 
-/// The worker has gone: its memory goes back as TensorFlow lets go of it.
+/// The worker has gone: its spares go too.
 extern "C" __attribute__((visibility("default"))) void hvd_agn_leave(std::int64_t worker) {
-  const std::lock_guard<std::mutex> lock(hvd_agn::pools_mutex);
-  const auto found = hvd_agn::pools.find(worker);
-  if (found == hvd_agn::pools.end()) return;
-  found->second->close();
-  hvd_agn::pools.erase(found);
+  hvd_agn::leave(worker);
 }

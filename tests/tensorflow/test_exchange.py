@@ -108,6 +108,27 @@ def at_a_worker_of_variables(folder):
     return at_a_worker(folder, follow_by_mailbox)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_a_value_that_was_read_stays(sparse):
+    """Whatever buffers the variables get; after a sparse update they copy when they are read."""
+    import tensorflow as tf
+
+    variables = variables_of([np.zeros((100, 8), "f4")])
+    optimizer = wrap(variables)
+    update = tf.IndexedSlices(tf.ones((1, 8)), tf.constant([3]), (100, 8)) if sparse else tf.ones((100, 8))
+    apply = tf.function(lambda: optimizer.apply([update], variables))
+    read = []
+    for step in range(1, 6 * PERIOD + 1):
+        apply()
+        read.append((variables[0].read_value(), step))
+        if step % 3 == 0:
+            del read[0]  # whose buffer may be used again
+    for value, step in read:
+        pushed = step // PERIOD + step % PERIOD  # the center takes the mean of a period's updates
+        np.testing.assert_array_equal(value[3], pushed)
+        np.testing.assert_array_equal(value[4], 0 if sparse else pushed)
+
+
 # ---- what an exchange leaves as it is, and what it refuses
 
 
