@@ -11,7 +11,7 @@
 #include "tensorflow/c_api.hpp"
 #include "tensorflow/calls.hpp"
 #include "tensorflow/handles.hpp"
-#include "tensorflow/spares.hpp"
+#include "tensorflow/vacated.hpp"
 
 namespace hvd_agn {
 namespace {
@@ -33,19 +33,19 @@ void fail_with_kept(TF_OpKernelContext* context, std::int64_t worker) {
 
 // ---- by worker
 
-std::mutex spares_mutex;
-std::map<std::int64_t, std::shared_ptr<Spares>> all_spares;
+std::mutex vacated_mutex;
+std::map<std::int64_t, std::shared_ptr<Vacated>> all_vacated;
 
-std::shared_ptr<Spares> spares_of(std::int64_t worker) {
-  const std::lock_guard<std::mutex> lock(spares_mutex);
-  auto& spares = all_spares[worker];
-  if (!spares) spares = std::make_shared<Spares>();
-  return spares;
+std::shared_ptr<Vacated> vacated_of(std::int64_t worker) {
+  const std::lock_guard<std::mutex> lock(vacated_mutex);
+  auto& vacated = all_vacated[worker];
+  if (!vacated) vacated = std::make_shared<Vacated>();
+  return vacated;
 }
 
 void leave(std::int64_t worker) {
-  const std::lock_guard<std::mutex> lock(spares_mutex);
-  all_spares.erase(worker);
+  const std::lock_guard<std::mutex> lock(vacated_mutex);
+  all_vacated.erase(worker);
 }
 
 // ---- attributes, inputs, outputs
@@ -126,8 +126,8 @@ void exchange(void* kernel, TF_OpKernelContext* context) try {
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
   const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
-  const auto spares = spares_of(attributes.worker);
-  const std::vector<Tensor> results = spares->take(values);
+  const auto vacated = vacated_of(attributes.worker);
+  const std::vector<Tensor> results = vacated->take(values);
   std::vector<OpArray> arrays;
   for (int i = 0; i < count; ++i) arrays.push_back({values[i].data(), results[i].data(), values[i].bytes()});
   const Outcome outcome =
@@ -136,7 +136,7 @@ void exchange(void* kernel, TF_OpKernelContext* context) try {
   if (outcome == Outcome::gone)
     leave(attributes.worker);
   else
-    spares->keep(std::move(values));
+    vacated->keep(std::move(values));
   if (status.ok()) set_scalar(context, count, TF_INT64, since, status);
   if (status.ok())
     set_scalar(context, count + 1, TF_BOOL, static_cast<unsigned char>(outcome != Outcome::done), status);
@@ -264,7 +264,7 @@ extern "C" __attribute__((visibility("default"))) void hvd_agn_connect(const voi
   hvd_agn::core = static_cast<const hvd_agn::CoreCalls*>(calls);
 }
 
-/// The worker has gone: its spares go too.
+/// The worker has gone: so do the buffers that its variables have vacated.
 extern "C" __attribute__((visibility("default"))) void hvd_agn_leave(std::int64_t worker) {
   hvd_agn::leave(worker);
 }

@@ -134,6 +134,28 @@ class Ops:
             )
         self._since.assign(left, read_value=False)
 
+    def when(self, condition: Any, do: Callable[[], Any]) -> None:
+        """In a graph, a branch that does what changes the variables; eagerly, an if."""
+
+        def branch() -> None:
+            do()
+
+        def chosen() -> int:
+            do()
+            return 0
+
+        if tf.executing_eagerly() or xla.inside() or any("GPU" in v.device for v in self._variables):
+            tf.cond(condition, chosen, lambda: 0)
+            return
+        # tf.cond would put the branch's operations, and a switch for each variable, into the graph itself, where they
+        # cost time in every step. But an If that calls its branch does so on one device.
+        then = tf.function(branch, autograph=False).get_concrete_function()
+        inputs = then.captured_inputs
+        otherwise = tf.function(
+            lambda *inputs: None, input_signature=[tf.TensorSpec(t.shape, t.dtype) for t in inputs], autograph=False
+        ).get_concrete_function()
+        tf.raw_ops.If(cond=condition, input=inputs, Tout=[], then_branch=then, else_branch=otherwise)
+
     def ready(self, due: Any) -> Any:
         """Whether an exchange in the background is to be merged; one is waited for if ``due``."""
         return self._ops.hvd_agn_ready(due, worker=self._number)

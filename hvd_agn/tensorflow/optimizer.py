@@ -203,10 +203,10 @@ class AGNOptimizer(Wrapper):
         assert ops is not None
         due = since >= self._settings.communication_period
         if self._settings.overlap:
-            _when(ops.ready(due), lambda: ops.call("land"))
-            _when(due, lambda: ops.start(self._rate_now()))
+            ops.when(ops.ready(due), lambda: ops.call("land"))
+            ops.when(due, lambda: ops.start(self._rate_now()))
         else:
-            _when(due, lambda: ops.call("exchange", self._rate_now()))
+            ops.when(due, lambda: ops.call("exchange", self._rate_now()))
 
     def _accumulate(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> Any:
         assert self._worker is not None
@@ -338,13 +338,3 @@ class AGNOptimizer(Wrapper):
             f"{self.name}: an AGNOptimizer cannot be copied or pickled, its center is shared memory. For another like "
             "it: AGNOptimizer.from_config(optimizer.get_config())."
         )
-
-
-def _when(condition: Any, do: Any) -> None:
-    """In a graph, a branch; eagerly, an if."""
-
-    def branch() -> Any:
-        do()
-        return tf.constant(0)
-
-    tf.cond(condition, branch, lambda: tf.constant(0))

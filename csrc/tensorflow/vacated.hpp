@@ -13,35 +13,36 @@
 
 namespace hvd_agn {
 
-class Spares {
+class Vacated {
  public:
-  /// Tensors like these, on other memory. The spares that nobody else has are taken; the rest is allocated.
+  /// Tensors like these, on other memory. Of those vacated, what nobody else has is taken; the rest is allocated.
   std::vector<Tensor> take(const std::vector<Tensor>& like) {
-    std::vector<Tensor> spares;
+    std::vector<Tensor> taken;
     bool fresh;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      spares = std::move(spares_);
-      spares_.clear();
-      fresh = taken_ < kFresh;
-      ++taken_;
+      taken = std::move(vacated_);
+      vacated_.clear();
+      fresh = times_ < kFresh;
+      ++times_;
     }
-    spares.resize(like.size());
+    taken.resize(like.size());
     std::vector<const Tensor*> allocated;
     for (std::size_t i = 0; i < like.size(); ++i) {
-      if (!fresh && usable(spares[i], like[i])) continue;
-      spares[i] = allocate(like[i]);
-      allocated.push_back(&spares[i]);
+      if (!fresh && usable(taken[i], like[i])) continue;
+      taken[i] = allocate(like[i]);
+      allocated.push_back(&taken[i]);
     }
-    // Before any is touched: together they may be large enough for large pages, which spare the address cache.
+    // Before any is touched: together they may be large enough for large pages, with which the address cache misses
+    // less.
     for (const Tensor* tensor : allocated) advise(*tensor);
-    return spares;
+    return taken;
   }
 
   /// What the variables had until now.
   void keep(std::vector<Tensor> values) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    spares_ = std::move(values);
+    vacated_ = std::move(values);
   }
 
  private:
@@ -51,9 +52,9 @@ class Spares {
 
   /// Whether it is of that type and size, and ours alone: what a variable or a reader still has is not to be written
   /// to.
-  static bool usable(const Tensor& spare, const Tensor& like) {
-    return spare.tensor && TF_TensorType(spare.tensor) == TF_TensorType(like.tensor) && spare.bytes() == like.bytes() &&
-           TF_TensorMaybeMove(spare.tensor) == spare.tensor;
+  static bool usable(const Tensor& old, const Tensor& like) {
+    return old.tensor && TF_TensorType(old.tensor) == TF_TensorType(like.tensor) && old.bytes() == like.bytes() &&
+           TF_TensorMaybeMove(old.tensor) == old.tensor;
   }
 
   static Tensor allocate(const Tensor& like) {
@@ -70,8 +71,8 @@ class Spares {
   }
 
   std::mutex mutex_;
-  int taken_ = 0;
-  std::vector<Tensor> spares_;  // by variable
+  int times_ = 0;
+  std::vector<Tensor> vacated_;  // by variable
 };
 
 }  // namespace hvd_agn
