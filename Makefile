@@ -42,6 +42,7 @@ test-tf: environment
 	$(RUN) python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m venv .venv-tf-$(TF)
 	$(TF_BIN)/pip install --quiet tensorflow-cpu==$(TF) pytest build/wheel/hvd_agn-*.whl
+	$(TF_BIN)/pip install --quiet --force-reinstall --no-deps build/wheel/hvd_agn-*.whl # of the same version, but new
 	MPI4PY_LIBMPI=$(firstword $(wildcard $(CURDIR)/$(VENV)/lib/libmpi.so.[0-9]*)) OPAL_PREFIX=$(CURDIR)/$(VENV) \
 		$(TF_BIN)/pytest tests/tensorflow/test_smoke.py
 

@@ -30,6 +30,8 @@ def main() -> int:
         each.add_argument("--json", action="store_true", help="one JSON object per row on stdout, the table on stderr")
     arguments = parser.parse_args()
 
+    if getattr(arguments, "framework", None) and (arguments.ranks != [1, 2, 4] or arguments.transport != "auto"):
+        exchange.error("--framework measures one rank: leave --ranks and --transport out")
     if arguments.command == "check":
         from .tools import check
 

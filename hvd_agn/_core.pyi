@@ -169,6 +169,9 @@ class Client:
     def blocks_refused(self) -> int: ...
 
     @property
+    def latest_version(self) -> int: ...
+
+    @property
     def power(self) -> float: ...
 
     @power.setter

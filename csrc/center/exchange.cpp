@@ -500,6 +500,11 @@ std::uint64_t Client::blocks_refused() const {
   return stats_.blocks_refused;
 }
 
+std::uint64_t Client::latest_version() const {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  return *std::max_element(seen_.begin(), seen_.end());
+}
+
 Stats Client::stats() const {
   const auto guard = enter();
   const std::lock_guard<std::mutex> lock(counts_mutex_);

@@ -109,6 +109,8 @@ class Client {
 
   Stats stats() const;
   std::uint64_t blocks_refused() const;
+  /// Pushes that the block with the most has had, as last received.
+  std::uint64_t latest_version() const;
   /// Steps and pushes so far, for a rule that counts by worker.
   double power() const { return power_; }
   void set_power(double power) { power_ = power; }

@@ -352,6 +352,7 @@ void bind_client(nb::module_& m) {
       .def("close", &Client::close, Release())
       .def("stats", &stats_dict)
       .def_prop_ro("blocks_refused", &Client::blocks_refused)
+      .def_prop_ro("latest_version", &Client::latest_version)
       .def_prop_rw("power", &Client::power, &Client::set_power)
       .def_prop_ro("extra_bytes", &Client::extra_bytes);
 }

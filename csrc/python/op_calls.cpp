@@ -6,11 +6,13 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
+#include <atomic>
 #include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -28,8 +30,10 @@ struct Worker {
   Client* client;     // of `owner`
   PyObject* owner;    // the Python object that holds the client
   PyObject* decides;  // called with what the op asks for, the updates and the rate; gives the updates left and a text
-  std::mutex mutex;   // of the text
-  std::string kept;   // the error to be raised
+  std::mutex calls;   // one at a time: each brings the arrays
+  std::atomic<std::thread::id> caller{};
+  std::mutex mutex;  // of the text
+  std::string kept;  // the error to be raised
 
   Worker(nb::handle client, nb::handle decides)
       : client(nb::cast<Client*>(client)), owner(client.inc_ref().ptr()), decides(decides.inc_ref().ptr()) {}
@@ -96,6 +100,18 @@ std::pair<std::int64_t, std::string> ask(const Worker& worker, const char* what,
   }
 }
 
+/// This thread is in a call of the worker, for as long as the object lives.
+class Caller {
+ public:
+  explicit Caller(std::atomic<std::thread::id>* caller) : caller_(caller) { *caller_ = std::this_thread::get_id(); }
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
+  ~Caller() { *caller_ = std::thread::id(); }
+
+ private:
+  std::atomic<std::thread::id>* caller_;
+};
+
 /// Binds the variables to the client for as long as the object lives.
 class Bound {
  public:
@@ -141,6 +157,10 @@ Outcome call(std::int64_t number, const char* what, double rate, const OpArray* 
     return Outcome::gone;
   }
   try {
+    if (worker->caller == std::this_thread::get_id())
+      return keep_values(arrays, count), worker->keep("called by what its own exchange has called.");
+    const std::lock_guard<std::mutex> lock(worker->calls);
+    const Caller caller(&worker->caller);
     const Denormals denormals;
     const Bound bound(*worker->client, arrays, count);
     auto [left, text] = ask(*worker, what, rate, *since);
@@ -186,7 +206,9 @@ void raise(std::int64_t number, char* text, std::size_t capacity) {
     const std::lock_guard<std::mutex> lock(worker->mutex);
     kept = std::move(worker->kept);
   }
-  std::snprintf(text, capacity, "%s [hvd_agn worker %lld]", kept.c_str(), static_cast<long long>(number));
+  // The mark comes last, and has to be whole.
+  const int room = static_cast<int>(capacity) - 48;
+  std::snprintf(text, capacity, "%.*s [hvd_agn worker %lld]", room, kept.c_str(), static_cast<long long>(number));
 }
 
 const CoreCalls table = {&call, &accumulate, &ready, &raise};

@@ -20,7 +20,7 @@ from . import library, xla
 from .variables import Variables
 
 _kept: dict[int, BaseException] = {}  # by worker: what its last call raised
-_unraised: set[int] = set()  # workers whose error no op raises, as the function was compiled by XLA
+_unraised: dict[int, BaseException] = {}  # by worker: the first in a compiled function that runs
 _MARK = re.compile(r"(?:{{.*}} )?(.*) \[hvd_agn worker (\d+)\]")
 
 
@@ -53,7 +53,7 @@ def _with_own_errors(original: Callable[..., Any]) -> Callable[..., Any]:
         except tf.errors.InvalidArgumentError as error:
             raise (xla.own_error(error) or error) from None
         if _unraised:
-            raise _kept.pop(_unraised.pop())
+            raise _unraised.popitem()[1]
         return result
 
     return call
@@ -91,20 +91,20 @@ class Ops:
 
     def _decide(self, what: str, since: int, rate: float) -> tuple[int, str]:
         """For the core, while the client has the variables; an error does not pass through it, but is kept."""
-        worker = self._worker
-        compiled, what = what.startswith(_COMPILED), what.removeprefix(_COMPILED)
-        worker.steps_since_exchange, self.rate = since, rate
-        _kept.pop(self._number, None)
-        text = ""
+        worker, text = self._worker, ""
         try:
+            compiled, what = what.startswith(_COMPILED), what.removeprefix(_COMPILED)
+            worker.steps_since_exchange, self.rate = since, rate
+            _kept.pop(self._number, None)
             if what in ("exchange", "start", "land"):  # may come from a graph, which knows of no close()
                 worker.check_open("apply()")
             worker.perform(what)
         except BaseException as error:  # of any kind: KeyboardInterrupt too comes out where the op was called
-            _kept[self._number] = error
+            if compiled:  # no op will raise it
+                _unraised.setdefault(self._number, error)
+            else:
+                _kept[self._number] = error
             text = str(error) or type(error).__name__
-            if compiled:
-                _unraised.add(self._number)
         return worker.steps_since_exchange, text
 
     def call(self, what: str, rate: Any = 0.0) -> Any:
@@ -173,5 +173,6 @@ class Ops:
     def leave(self) -> None:
         """The worker has gone: ops that are still called raise UsageError."""
         _core.op_leave(self._number)
+        _unraised.pop(self._number, None)
         library.functions().hvd_agn_leave(ctypes.c_int64(self._number))
         _kept.pop(self._number, None)

@@ -17,8 +17,9 @@ from ..center import Center
 from ..client import Stats
 from ..errors import ConfigError, UsageError
 from ..worker import Settings, Worker
+from . import library
 from .ops import Ops
-from .refused import refuse_optimizer, refuse_strategy, refuse_surroundings
+from .refused import refuse_optimizer, refuse_strategy, refuse_surroundings, refuse_tracing
 from .state import Files, config_of, rule_of
 from .variables import Variables, plain
 from .wrapper import Wrapper
@@ -126,6 +127,7 @@ class AGNOptimizer(Wrapper):
             self._start()
 
     def _start(self) -> None:
+        library.ops()  # before anything that other ranks wait for
         worker: Worker[Variables] = Worker(
             self._settings,
             self.inner_optimizer,
@@ -165,9 +167,9 @@ class AGNOptimizer(Wrapper):
             self._open().check_open("apply()")
         before = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64)
         self.inner_optimizer.apply(grads, trainable_variables)
-        accumulated = self._accumulate(grads, trainable_variables) if self._settings.gradients else None
+        accumulated = [self._accumulate(grads, trainable_variables)] if self._settings.gradients else []
         applied = tf.cast(tf.convert_to_tensor(self.iterations), tf.int64) - before
-        with tf.control_dependencies([] if accumulated is None else [accumulated]):  # a graph knows no other order
+        with tf.control_dependencies([each for each in accumulated if each is not None]):
             since = self._since.assign_add(applied)
         self._exchange_when_due(since)
 
@@ -212,7 +214,9 @@ class AGNOptimizer(Wrapper):
         assert self._worker is not None
         assert self._ops is not None
         by_id = {id(plain(v)): g for v, g in zip(variables or self._trainable_variables, grads, strict=True)}
-        return self._ops.accumulate([by_id.get(id(v)) for v in self._worker.arrays.exchanged])
+        # A graph orders by resources, of which sums of gradients are none: after the exchange of the step before.
+        with tf.control_dependencies([self._since.read_value()]):
+            return self._ops.accumulate([by_id.get(id(v)) for v in self._worker.arrays.exchanged])
 
     def _rate_now(self) -> Any:
         return self.learning_rate if self._worker is not None and self._worker.center.rule.follows else 0.0
@@ -228,6 +232,7 @@ class AGNOptimizer(Wrapper):
 
     def _through(self, what: str) -> None:
         assert self._ops is not None
+        refuse_tracing(self.name, what)
         with tf.init_scope():
             self._ops.call(what, self._rate_now())
 
@@ -259,6 +264,7 @@ class AGNOptimizer(Wrapper):
 
         Takes a copy of the variables for as long. What is not trained, such as the moments of batch norm, stays local.
         """
+        refuse_tracing(self.name, "center_weights")
         return self._open().center_weights()
 
     def stats(self) -> Stats:

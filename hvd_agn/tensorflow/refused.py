@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UsageError
 from ..worker import Settings
 from . import xla
 from .wrapper import Wrapper
@@ -38,6 +38,12 @@ def refuse_strategy(name: str) -> None:
             f"{name}: under a tf.distribute strategy, whose place hvd_agn takes: build and train the model outside of "
             "strategy.scope(), one rank per device."
         )
+
+
+def refuse_tracing(name: str, call: str) -> None:
+    """Raise UsageError where a function is traced: what is done at once would be done then, and never again."""
+    if not tf.executing_eagerly() and tf.compat.v1.get_default_graph().building_function:
+        raise UsageError(f"{name}: {call}() inside a tf.function would run once, at its tracing: call it outside.")
 
 
 def refuse_surroundings(name: str, settings: Settings) -> None:

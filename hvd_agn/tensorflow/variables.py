@@ -37,7 +37,7 @@ class Variables:
             name = str(getattr(variable, "path", None) or variable.name)
             if getattr(variable, "overwrite_with_gradient", False) or id(value) in seen:
                 continue
-            _refuse_unusable(name, value)
+            refuse_unusable(name, value)
             seen.add(id(value))
             self.exchanged.append(value)
             self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
@@ -92,7 +92,8 @@ class Variables:
             variable.assign(value)
 
 
-def _refuse_unusable(name: str, value: Any) -> None:
+def refuse_unusable(name: str, value: Any) -> None:
+    """Raise LayoutError, naming it, unless it is a variable that can be exchanged."""
     reason = None
     if isinstance(value, tf.distribute.DistributedValues):
         reason = "belongs to a tf.distribute strategy; hvd_agn takes its place: build the model outside of the scope"

@@ -40,15 +40,13 @@ class AGNOptimizer(torch.optim.Optimizer):
         communication_period: local steps between two exchanges, at least 1.
         rule: what the center does with a delta; None is ``hvd_agn.rules.Add()``.
         normalize: push the mean update per step, as AGN does; False: their sum, as DOWNPOUR does.
-        accumulate: ``"updates"``, or ``"gradients"``: push the mean of the gradients instead, as
-            ``tf.contrib.opt.AGNOptimizer`` did. Then ``rule`` is by default the optimizer's own kind,
-            :func:`hvd_agn.rules.like`, with the learning rate that the optimizer has at the push. A parameter that has
-            had no gradient in a period is neither pushed nor pulled. Costs one more copy of the parameters, in float32
-            for half types, and with ``overlap`` two.
+        accumulate: ``"updates"``, or ``"gradients"``: push the mean of the gradients, as tf.contrib's AGNOptimizer did.
+            Then ``rule`` is by default the optimizer's own kind, :func:`hvd_agn.rules.like`, with its learning rate at
+            the push. A parameter that has had no gradient in a period is neither pushed nor pulled. Costs one more copy
+            of the parameters, in float32 for half types, and with ``overlap`` two.
         overlap: exchange in the background while training goes on. At the end of a period a snapshot of the parameters
-            is taken and pushed; when the center's answer has come, the next ``step()`` adds to the parameters what the
-            center had that the snapshot had not. A boundary waits only if the exchange before it has not ended. Costs
-            one more copy of the parameters.
+            is pushed; when the answer has come, the next ``step()`` adds to the parameters what the center had that the
+            snapshot had not. A boundary waits only for the exchange before. Costs one more copy of the parameters.
         named_parameters: ``model.named_parameters()``: names for messages and files. Without it the names are those of
             the optimizer, or ``param_groups[0].params[0]`` ...
         comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.

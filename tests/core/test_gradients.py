@@ -263,3 +263,15 @@ def test_bad_gradients():
         Center([np.zeros(3)]).arrays_client.accumulate([np.zeros(3)])
     with pytest.raises(ConfigError, match="accumulate='grads': give one of updates, gradients"):
         Center([np.zeros(3)], accumulate="grads")
+
+
+def test_the_latest_version_counts_pushes_that_leave_blocks_alone():
+    arrays, other = ([np.zeros(256, "f4"), np.zeros(256, "f4")] for _ in range(2))
+    center = Center(arrays, rules.SGD(1.0), accumulate="gradients")
+    rival = center.client(other)
+    for client in rival, rival, center.arrays_client:
+        client.accumulate([np.ones(256, "f4"), None])
+        client.exchange(1)
+    assert center.version == 0
+    assert center.arrays_client.native.latest_version == 3
+    assert rival.native.latest_version == 2

@@ -1,5 +1,6 @@
 """The op's exchange against the reference, bit for bit: values in one place, results in another."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from ranks import on_ranks
 from reference import FEW_RULES, OverlapClient, ReferenceCenter, ReferenceClient
 
 from hvd_agn import rules
-from hvd_agn.errors import NonFiniteWarning, RuleError, RuleOverflowWarning
+from hvd_agn.errors import NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError
 
 PERIOD = 2
 
@@ -211,3 +212,102 @@ def test_gradients_leave_variables_without_one_alone():
         apply([np.full(10, -2, "f4"), np.full(300, -4, "f2")])
     same([v.numpy() for v in variables], [np.full(10, 3), np.full(300, 5), np.zeros(7)])
     same(optimizer.center.snapshot().values(), [np.full(10, 3), np.full(300, 5), np.ones(7)])
+
+
+def test_gradients_of_several_steps_in_one_function_stay_apart():
+    """Constant gradients, which nothing but their order ties to the variables."""
+    import keras
+    import tensorflow as tf
+
+    from hvd_agn.tensorflow import AGNOptimizer
+
+    variables = variables_of([np.zeros(10, "f4")])
+    optimizer = AGNOptimizer(keras.optimizers.SGD(0.5), 1, accumulate="gradients", rule=rules.SGD(1.0, momentum=0.5))
+    optimizer.start(variables)
+
+    @tf.function
+    def six():
+        for step in range(6):
+            optimizer.apply([tf.fill([10], -float(step))], variables)
+
+    for _ in range(20):
+        optimizer.center._native.write([[np.zeros(10, "f4")], [np.zeros(10, "f4")]], 0)
+        optimizer.pull()
+        six()
+        expected = momentum = 0.0
+        for step in range(6):
+            momentum = momentum * 0.5 - step
+            expected -= momentum
+        np.testing.assert_array_equal(variables[0], expected)
+
+
+# ---- calls where they make no sense, and several at once
+
+
+def test_calls_inside_a_function_are_refused():
+    import tensorflow as tf
+
+    variables = variables_of([np.zeros(3, "f4")])
+    optimizer = wrap(variables)
+
+    def look():
+        with optimizer.center_weights():
+            pass
+
+    for call, name in (optimizer.flush, "flush"), (optimizer.pull, "pull"), (look, "center_weights"):
+        with pytest.raises(UsageError, match=rf"{name}\(\) inside a tf.function would run once"):
+            tf.function(call)()
+
+
+def test_threads_take_turns():
+    variables = variables_of([np.full(5000, 7, "f4"), np.full(3, 7, "f8")])
+    optimizer = wrap(variables)
+    errors = []
+
+    def exchange():
+        try:
+            for _ in range(200):
+                optimizer._through("pull")
+                optimizer._through("exchange")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=exchange) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    same([v.numpy() for v in variables], [np.full(5000, 7), np.full(3, 7)])
+
+
+def test_a_call_from_within_an_exchange_is_an_error():
+    variables = variables_of([np.zeros(3, "f4")])
+    optimizer, seen = None, []
+
+    def look(center, delta, slots, t):
+        try:
+            optimizer.pull()
+        except UsageError as error:
+            seen.append(str(error))
+        center += delta
+
+    optimizer = wrap(variables, rule=rules.Custom(look))
+    apply = compiled(optimizer, variables)
+    apply([np.full(3, 1, "f4")])
+    apply([np.full(3, 1, "f4")])
+    assert len(seen) == 1
+    assert "its own exchange" in seen[0]
+    same(optimizer.center.snapshot().values(), [np.ones(3)])
+
+
+def fail_at_length(center, delta, slots, t):
+    raise ValueError("long " * 2000)
+
+
+def test_a_long_text_keeps_its_error():
+    variables = variables_of([np.zeros(3, "f4")])
+    apply = compiled(wrap(variables, rule=rules.Custom(fail_at_length)), variables)
+    apply([np.ones(3, "f4")])
+    with pytest.raises(RuleError, match="long long"):
+        apply([np.ones(3, "f4")])

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from hvd_agn import rules
-from hvd_agn.errors import ConfigError, NonFiniteError, UsageError
+from hvd_agn.errors import ConfigError, NonFiniteError, RuleError, UsageError
 from hvd_agn.tensorflow import AGNOptimizer, xla
 
 PERIOD = 3
@@ -84,6 +84,25 @@ def test_an_error_keeps_its_class_and_loses_nothing():
     step(1.0)
     with pytest.raises(UsageError, match=r"used after close\(\)"):
         step(1.0)
+
+
+def fail_once(center, delta, slots, t):
+    if not failures:
+        failures.append(t)
+        raise ValueError("once")
+    center += delta
+
+
+failures = []
+
+
+def test_an_error_that_is_followed_by_steps_comes_out_all_the_same():
+    failures.clear()
+    inner = keras.optimizers.SGD(0.01)
+    with AGNOptimizer(inner, 1, rule=rules.Custom(fail_once)) as optimizer:
+        with pytest.raises(RuleError, match="raised ValueError: once"):
+            fit(optimizer, steps_per_execution=3)
+        assert optimizer.stats()["exchanges"] == 2
 
 
 # ---- refused

@@ -44,7 +44,8 @@ def test_check():
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     assert all(line.startswith(("OK", "note", " ")) for line in lines)
-    for subject in ("Python", "MPI", "mpi4py", "thread level", "launcher", "shared windows", "shared memory", "torch"):
+    subjects = ["Python", "MPI", "mpi4py", "thread level", "launcher", "shared windows", "shared memory", "torch"]
+    for subject in [*subjects, "TensorFlow", "TensorFlow ops"]:
         assert any(re.match(rf"\w+ +{subject} ", line) for line in lines), subject
     assert _core.compiler() in done.stdout
     assert len(lines) <= 24
@@ -79,10 +80,21 @@ def test_bench_exchange():
     assert "per exchange" in done.stderr
 
 
+def test_bench_exchange_of_a_framework():
+    arguments = ["--framework", "tensorflow", "--params", "10000", "--variables", "3"]
+    done = hvd_agn("bench", "exchange", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert (row["framework"], row["ranks"], row["params"], row["variables"]) == ("tensorflow", 1, 9999, 3)
+    for key in ("exchange_ms", "torch_exchange_ms", "limit_ms", "ratio"):
+        assert row[key] > 0
+    assert "leave --ranks and --transport out" in hvd_agn("bench", "exchange", *arguments, "--ranks", "2").stderr
+
+
 def test_bench_step():
     done = hvd_agn("bench", "step", "--params", "10000")
     assert done.returncode == 0, done.stderr
-    for row in ("SGD", "Adam", "accumulate"):
+    for row in ("torch +SGD", "torch +Adam", "torch +accumulate", "tensorflow +SGD"):
         assert re.search(rf"{row} +[\d.]+ +[\d.]+ +[\d.]+", done.stdout), row
 
 

@@ -10,7 +10,7 @@ from tensorflow.compat import v1
 from ... import rules
 from ...errors import ConfigError, LayoutError, UsageError
 from ...worker import Worker
-from ..variables import Variables, _refuse_unusable
+from ..variables import Variables, refuse_unusable
 
 
 class GraphVariables(Variables):
@@ -30,7 +30,7 @@ class GraphVariables(Variables):
                     "variable_scope with AGNCustomGetter, or give use_resource=True, or call "
                     "tf.compat.v1.enable_resource_variables() first."
                 )
-            _refuse_unusable(name, variable)
+            refuse_unusable(name, variable)
         self.sums = []
         self._start = {
             name: np.zeros(variable.shape.as_list(), variable.dtype.as_numpy_dtype)
@@ -47,7 +47,7 @@ class GraphWorker(Worker[Variables]):
     @property
     def pushes(self) -> int:
         """The global step: that of rank 0 when training began, and the pushes of all workers since."""
-        return (self._before or 0) + self.client.stats()["center_version"]
+        return (self._before or 0) + self.client.native.latest_version
 
     def bring(self, step: np.ndarray, *values: np.ndarray) -> None:
         """The global step, and on rank 0 the values that the center is to begin with."""
