@@ -13,6 +13,12 @@ from hvd_agn.tensorflow import AGNOptimizer
 
 PERIOD = 3
 STEPS = 6  # in an epoch: a multiple of the period
+MODES = {
+    "graph": {},
+    "eager": {"compiled": {"run_eagerly": True}},
+    "one step per call": {"compiled": {"steps_per_execution": 1}},
+    "three steps per call": {"compiled": {"steps_per_execution": 3}},
+}
 
 
 def wrap(optimizer, period=PERIOD, **options):

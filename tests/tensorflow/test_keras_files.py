@@ -4,64 +4,18 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import optimizers
-from keras_runs import agn, assert_close, data, fit, network
-from ranks import on_ranks
+from keras_files import CASES, assert_same, compiled, seen, train
+from keras_runs import PERIOD, agn, assert_close, fit, network
 
 from hvd_agn import rules
 from hvd_agn.errors import CheckpointError
 from hvd_agn.tensorflow import AGNOptimizer
-
-PERIOD = 3
-CASES = {
-    "Add": {},
-    "Adam": {"rule": rules.Adam(0.05)},
-    "gradients": {"accumulate": "gradients"},
-    "overlap": {"overlap": True},
-    "gradients, overlap": {"accumulate": "gradients", "overlap": True},
-    "tf_contrib": {"accumulate": "gradients", "rule": rules.Adam(0.05, bias_correction="tf_contrib")},
-    "gap_aware": {"rule": rules.Add(gap_aware=True)},
-}
-
-
-def compiled(options, dtype=None, graph=False):
-    model = network(dtype)
-    model.compile(AGNOptimizer(optimizers.Adam(0.01), PERIOD, **options), "mse", run_eagerly=not graph)
-    return model
-
-
-def train(model, steps):
-    """Update by update, without the flush at the end of ``fit``."""
-    x, y = data(model, 14)
-    for i in steps:
-        model.train_on_batch(x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4])
-        client = agn(model)._worker.client
-        while client.started and not client.ready:  # so that it is merged by the next update, each time
-            time.sleep(1e-4)
-
-
-def seen(model):
-    """Everything: what is trained, the optimizer's variables, the center with slots and version, and the counters."""
-    optimizer = agn(model)
-    center, slots, version = optimizer.center._read()
-    worker = optimizer._worker
-    planes = [a for named in (center, *slots.values()) for a in named.values()]
-    variables = [v.value.numpy() for v in (*model.variables, *optimizer.variables)]
-    sums = [a.copy() for a, touched in zip(worker.arrays.sums, worker.client.touched, strict=False) if touched]
-    counters = [version, int(optimizer._since), worker.client.power]
-    return [*variables, *planes, *worker.arrays.anchor(worker.client), *sums, np.array(counters)]
-
-
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def load_model(folder, options, dtype):
@@ -366,55 +320,3 @@ def test_a_file_of_another_number_of_ranks(tmp_path):
     assert int(model.optimizer._since) == 0
     with pytest.raises(CheckpointError, match=r"another number of ranks. Restore it before start\(\)"):
         model.optimizer._files.deserialize(foreign)
-
-
-def of_worker(model):
-    worker = model.optimizer._worker
-    return [*model.get_weights(), *worker.arrays.anchor(worker.client), np.array(int(model.optimizer._since))]
-
-
-def saved_by_each(folder):
-    from mpi4py import MPI
-
-    model = compiled(CASES["Adam"])
-    rank = MPI.COMM_WORLD.rank
-    train(model, range(4 + rank))
-    MPI.COMM_WORLD.barrier()
-    model.save_weights(f"{folder}/{rank}.weights.h5")
-    np.savez(f"{folder}/{rank}.npz", *of_worker(model))
-    if rank == 0:
-        np.savez(f"{folder}/center.npz", *model.optimizer.center.snapshot().values())
-    MPI.COMM_WORLD.barrier()  # before one of them flushes
-
-
-def loaded_by_each(folder, of_rank=None):
-    from mpi4py import MPI
-
-    rank = MPI.COMM_WORLD.rank
-    has_center = of_rank != 1  # rank 0 does not
-    of_rank = rank if of_rank is None else of_rank
-    model = compiled(CASES["Adam"])
-    model.optimizer.build(model.trainable_variables)
-    model.load_weights(f"{folder}/{of_rank}.weights.h5")
-    model.optimizer.start()
-    MPI.COMM_WORLD.barrier()
-    expected = list(np.load(f"{folder}/{rank}.npz").values())
-    center = list(np.load(f"{folder}/center.npz").values())
-    assert model.optimizer.center.resumed == has_center
-    if not has_center:
-        center = model.get_weights()
-    if of_rank != rank or not has_center:
-        expected = [*center, *center, np.array(0)]
-    assert_same(of_worker(model), expected)
-    assert_same(model.optimizer.center.snapshot().values(), center)
-    version = model.optimizer.center.version
-    MPI.COMM_WORLD.barrier()  # before one of them flushes
-    return version
-
-
-def test_two_ranks_resume(tmp_path):
-    """Each from its own file; then both from rank 0's, where rank 1 takes the center over; then both from rank 1's."""
-    on_ranks(2, saved_by_each, str(tmp_path))
-    assert on_ranks(2, loaded_by_each, str(tmp_path)) == [2, 2]
-    assert on_ranks(2, loaded_by_each, str(tmp_path), 0) == [2, 2]
-    assert on_ranks(2, loaded_by_each, str(tmp_path), 1) == [0, 0]
