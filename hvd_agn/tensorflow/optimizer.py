@@ -15,14 +15,14 @@ import tensorflow as tf
 from .. import config, rules
 from ..center import Center
 from ..client import Stats
-from ..errors import ConfigError, UsageError
+from ..errors import UsageError
 from ..worker import Settings, Worker
 from . import library
 from .ops import Ops
-from .refused import refuse_optimizer, refuse_strategy, refuse_surroundings, refuse_tracing
+from .refused import refuse_accumulation, refuse_optimizer, refuse_strategy, refuse_surroundings, refuse_tracing
 from .state import Files, config_of, rule_of
 from .variables import Variables, plain
-from .wrapper import Wrapper
+from .wrapper import Wrapper, parts_of
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -90,11 +90,7 @@ class AGNOptimizer(Wrapper):
             on_nonfinite=on_nonfinite,
             name=self.name,
         )
-        if self._settings.gradients and (self.loss_scale_factor or self.gradient_accumulation_steps):
-            raise ConfigError(
-                "accumulate='gradients' sums gradients as they come: leave loss_scale_factor and "
-                "gradient_accumulation_steps of the wrapped optimizer out."
-            )
+        refuse_accumulation(optimizer, self._settings)
         self._worker: Worker[Variables] | None = None
         self._ops: Ops | None = None
         self._files = Files()
@@ -193,10 +189,13 @@ class AGNOptimizer(Wrapper):
 
     def _has_averages(self) -> bool:
         """Whether the variables are their own averages, and not because the wrapped optimizer overwrites them."""
-        if not self.use_ema or self.ema_overwrite_frequency or int(self.iterations) < 2:
+        if int(self.iterations) < 2:
             return False
-        pairs = zip(self._trainable_variables, self._model_variables_moving_average, strict=True)
-        return all(bool(tf.reduce_all(plain(v) == plain(a))) for v, a in pairs if a is not None)
+        parts = [p for p in parts_of(self.inner_optimizer) if p.use_ema and not p.ema_overwrite_frequency]
+        pairs = [
+            each for p in parts for each in zip(p._trainable_variables, p._model_variables_moving_average, strict=True)
+        ]
+        return bool(pairs) and all(bool(tf.reduce_all(plain(v) == plain(a))) for v, a in pairs if a is not None)
 
     # ---- exchange
 

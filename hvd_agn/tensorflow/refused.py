@@ -8,7 +8,7 @@ import tensorflow as tf
 from ..errors import ConfigError, UsageError
 from ..worker import Settings
 from . import xla
-from .wrapper import Wrapper
+from .wrapper import Wrapper, parts_of
 
 
 def refuse_optimizer(optimizer: Any) -> None:
@@ -29,6 +29,22 @@ def refuse_optimizer(optimizer: Any) -> None:
         legacy = kind.startswith(("tf_keras.", "keras.src.legacy", "tensorflow.python.keras"))
         hint = " tf_keras is Keras 2: use Keras 3 (leave TF_USE_LEGACY_KERAS out)." if legacy else ""
         raise TypeError(f"optimizer is a {kind}: give a keras.optimizers.Optimizer of Keras 3.{hint}")
+
+
+def refuse_accumulation(optimizer: Any, settings: Settings) -> None:
+    """Raise ConfigError where it cannot be told how many gradients, of which size, make an update."""
+    parts = parts_of(optimizer)
+    accumulates = any(part.gradient_accumulation_steps for part in parts)
+    if settings.gradients and (accumulates or any(part.loss_scale_factor for part in parts)):
+        raise ConfigError(
+            "accumulate='gradients' sums gradients as they come: leave loss_scale_factor and "
+            "gradient_accumulation_steps of the wrapped optimizer out."
+        )
+    if accumulates and len(parts) > 1:
+        raise ConfigError(
+            "Keras does not tell which calls of a MultiOptimizer apply an update: leave gradient_accumulation_steps of "
+            "its optimizers out."
+        )
 
 
 def refuse_strategy(name: str) -> None:

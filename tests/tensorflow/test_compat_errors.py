@@ -1,5 +1,7 @@
 """What compat.v1 refuses, with the classes of the old reference page and a way out."""
 
+import socket
+
 import keras
 import numpy as np
 import pytest
@@ -148,3 +150,17 @@ def test_after_close():
     with pytest.raises(UsageError, match=r"after close\(\)"):
         opt.stats()
     session.close()
+
+
+def test_a_session_of_a_cluster():
+    """Of a script that still makes its servers: operations without a device would run in other processes."""
+    with socket.socket() as one, socket.socket() as other:
+        for each in one, other:
+            each.bind(("localhost", 0))
+        places = [f"localhost:{each.getsockname()[1]}" for each in (one, other)]
+    servers = [v1.train.Server({"worker": places}, "worker", task) for task in range(2)]
+    optimizer = AGNOptimizer(sgd(), 1, GETTER)
+    optimizer.minimize(variable() ** 2)
+    hook = optimizer.make_session_run_hook(True, 0)
+    with pytest.raises(ConfigError, match=r"a cluster of 2 tasks: leave tf.train.Server and master= out"):
+        v1.train.MonitoredTrainingSession(servers[0].target, hooks=[hook])

@@ -143,3 +143,11 @@ def test_a_rule_that_follows_needs_one_learning_rate():
     several = optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.SGD(0.1)))
     with pytest.raises(ConfigError, match="the rule follows one learning rate, this optimizer has none"):
         fit(network(), AGNOptimizer(several, rule=rules.SGD("follow")))
+
+
+def test_parts_that_accumulate_are_refused():
+    """Keras counts the calls of a MultiOptimizer, and its parts the updates."""
+    part = optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    several = optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.SGD(0.1), {".*bias": part}))
+    with pytest.raises(ConfigError, match="leave gradient_accumulation_steps of its optimizers out"):
+        AGNOptimizer(several)

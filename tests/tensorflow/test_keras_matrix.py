@@ -199,19 +199,32 @@ def test_averaged_weights_swapped_in_for_evaluation(on_epoch):
     np.testing.assert_allclose(wrapped.seen, bare.seen, rtol=1e-6)
 
 
-def test_averages_left_in_the_model_are_not_pushed_as_an_update():
+def averaging():
+    return optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
+
+
+def averaging_by_parts():
+    return optimizers.MultiOptimizer(optimizers.OptimizerMap(averaging(), {".*bias": averaging()}))
+
+
+@pytest.mark.parametrize("make", [averaging, averaging_by_parts])
+def test_averages_left_in_the_model_are_not_pushed_as_an_update(make):
     """After the last epoch SwapEMAWeights leaves them there; the two updates of the unfinished period are gone."""
     models = network(), network()
     for model, swaps in zip(models, ([], [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]), strict=True):
-        model.compile(wrap(optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)), "mse")
+        model.compile(wrap(make()), "mse")
         x, y = data(model, 2 * PERIOD + 2)
         end = len(x) if swaps else 4 * 2 * PERIOD
         model.fit(x[:end], y[:end], batch_size=4, shuffle=False, verbose=0, callbacks=swaps)
     for center, expected in zip(*(m.optimizer.center.snapshot().values() for m in models), strict=True):
         np.testing.assert_array_equal(center, expected)
-    averages = models[1].optimizer._model_variables_moving_average
-    for variable, average in zip(models[1].trainable_variables, averages, strict=True):
+    for variable, average in averages_of(models[1].optimizer.inner_optimizer):
         np.testing.assert_array_equal(variable.value.numpy(), average.value.numpy())
+
+
+def averages_of(optimizer):
+    parts = getattr(optimizer, "optimizers", [optimizer])
+    return [pair for p in parts for pair in zip(p._trainable_variables, p._model_variables_moving_average, strict=True)]
 
 
 # ---- loss scaling

@@ -88,6 +88,16 @@ _RULES: dict[type, tuple[type[rules.Rule], dict[str, str], dict[str, Any]]] = {
 }
 
 
+def refuse_cluster(session: Any, label: str) -> None:
+    """Raise ConfigError if the session's operations may run in other processes, where our ops find other workers."""
+    tasks = {device.name.split("/device:")[0] for device in session.list_devices()}
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"{label}: the session is one of a cluster of {len(tasks)} tasks: leave tf.train.Server and master= out. "
+            "Each rank has a session of its own."
+        )
+
+
 def like(optimizer: Any, bias_correction: str) -> rules.Rule:
     """The rule that does at the center what an optimizer of TensorFlow 1 does; it follows the learning rate.
 

@@ -16,7 +16,7 @@ from ...client import Stats
 from ...errors import ConfigError, UsageError, warn
 from ...worker import Settings
 from ..ops import Ops
-from .graph import GraphVariables, GraphWorker, adam_powers, learning_rate, like
+from .graph import GraphVariables, GraphWorker, adam_powers, learning_rate, like, refuse_cluster
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -290,6 +290,7 @@ class AGNOptimizer(v1.train.Optimizer):  # type: ignore[misc]
         return _Hook(self, task_index)
 
     def _enter(self, session: Any) -> None:
+        refuse_cluster(session, f"[rank {self._rank}] {self._name}")
         session.run(self._begin)
         self._session = weakref.ref(session)
 
