@@ -74,9 +74,10 @@ def main() -> None:
             feed = {model["images"]: train_x[rows], model["labels"]: train_y[rows]}
             session.run(model["train"], feed)
 
-    print(f"rank {task}: {optimizer.stats()['exchanges']} exchanges", flush=True)
-    MPI.COMM_WORLD.Barrier()  # only to report on what all have pushed
+    everyone = MPI.COMM_WORLD.gather(optimizer.stats()["exchanges"])  # waits for all: only to report on them
     if is_chief:
+        for rank, exchanges in enumerate(everyone):
+            print(f"rank {rank}: {exchanges} exchanges")
         center = optimizer.center.snapshot()
         print(f"center: {optimizer.center.version} pushes, accuracy {accuracy(center, test_x, test_y):.4f}")
 
