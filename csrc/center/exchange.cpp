@@ -356,14 +356,11 @@ Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t in
       continue;
     }
     const DType dtype = buffers_[part->segment].dtype;
-    range = std::max(range, kernels().exchange(dtype, center_->rule(), push, from_snapshot_ || !results_.empty(),
-                                               piece(*part, block.data(), block.spare())));
-    if (results_.empty() || from_snapshot_) continue;
-    const std::size_t bytes = part->count * item_size(dtype);  // the anchor is in the cache
-    if (past_cache_)
-      kernels().copy(anchor(*part), target(*part), bytes);
-    else
-      std::memcpy(target(*part), anchor(*part), bytes);
+    const Piece p = piece(*part, block.data(), block.spare());
+    void* const result = from_snapshot_ ? nullptr : target(*part);
+    const bool apart = result && result != p.theta, small = apart && !past_cache_;
+    range = std::max(range, kernels().exchange(dtype, center_->rule(), push, small ? nullptr : result, p));
+    if (small) std::memcpy(result, p.anchor, p.count * item_size(dtype));  // which is in the cache
   }
   return range;
 }

@@ -16,6 +16,7 @@ namespace {
 enum class Pass {
   exchange,  // delta = (theta - anchor) / steps; theta = anchor = next
   keep,      // the same, but theta stays
+  apart,     // the same, and what theta would become goes elsewhere, past the cache
   apply,     // delta = theta / steps; theta = next; no anchor
 };
 
@@ -59,9 +60,30 @@ word<T> fused(const R& rule, T steps, T weight, T* __restrict theta, T* __restri
   return largest;
 }
 
+/// Streamed in bursts so short that stores past the cache go on beside the loads: takes no longer than in place.
+template <class R, class T>
+word<T> fused_apart(const R& rule, T steps, T weight, T* theta, T* anchor, const T* in, T* out, std::size_t stride,
+                    T* result, std::size_t count) {
+  constexpr std::size_t kBurst = 256 / sizeof(T);
+  word<T> largest = 0;
+  const auto go = [&](std::size_t i, std::size_t n) {
+    largest = larger(largest, fused<Pass::keep>(rule, steps, weight, theta + i, anchor + i, in + i, out + i, stride, n));
+  };
+  const bool aligned = reinterpret_cast<std::uintptr_t>(result) % kLine == 0;
+  std::size_t done = 0;
+  for (; aligned && done + kBurst <= count; done += kBurst) {
+    go(done, kBurst);
+    stream_lines(anchor + done, result + done, kBurst * sizeof(T));
+  }
+  go(done, count - done);
+  __builtin_memcpy(result + done, anchor + done, (count - done) * sizeof(T));
+  end_stream();
+  return largest;
+}
+
 template <Pass kPass, class R, class H>
 word<float> fused_half(const R& rule, float steps, float weight, H* theta, H* anchor, const float* in, float* out,
-                       std::size_t stride, std::size_t count) {
+                       std::size_t stride, H* result, std::size_t count) {
   float wide_theta[kChunk], wide_anchor[kChunk];
   word<float> largest = 0;
   for (std::size_t i = 0; i < count; i += kChunk) {
@@ -72,17 +94,29 @@ word<float> fused_half(const R& rule, float steps, float weight, H* theta, H* an
         larger(largest, fused<Pass::keep>(rule, steps, weight, wide_theta, wide_anchor, in + i, out + i, stride, n));
     // The anchor is the center as this worker sees it, rounded: the rounding is not a delta.
     store(wide_anchor, anchor + i, n);
-    if constexpr (kPass != Pass::keep) __builtin_memcpy(theta + i, anchor + i, n * sizeof(H));
+    if constexpr (kPass == Pass::exchange) __builtin_memcpy(theta + i, anchor + i, n * sizeof(H));
+    if constexpr (kPass == Pass::apart) __builtin_memcpy(result + i, anchor + i, n * sizeof(H));
   }
   return largest;
 }
 
+template <Pass kPass, class R, class T>
+word<T> fused_plain(const R& rule, T steps, T weight, T* theta, T* anchor, const T* in, T* out, std::size_t stride,
+                    T* result, std::size_t count) {
+  if constexpr (kPass == Pass::apart)
+    return fused_apart(rule, steps, weight, theta, anchor, in, out, stride, result, count);
+  else
+    return fused<kPass>(rule, steps, weight, theta, anchor, in, out, stride, count);
+}
+
 template <Pass kPass, template <class> class R>
-Range pass_rule(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
+Range pass_rule(DType dtype, const Rule& rule, const Push& push, const Piece& p, void* result) {
   if (dtype == DType::f64) {
-    return range_of<double>(fused<kPass>(R<double>(rule, push), push.steps, push.weight, static_cast<double*>(p.theta),
-                                         static_cast<double*>(p.anchor), reinterpret_cast<const double*>(p.in),
-                                         reinterpret_cast<double*>(p.out), p.slot_stride / sizeof(double), p.count));
+    return range_of<double>(
+        fused_plain<kPass>(R<double>(rule, push), push.steps, push.weight, static_cast<double*>(p.theta),
+                           static_cast<double*>(p.anchor), reinterpret_cast<const double*>(p.in),
+                           reinterpret_cast<double*>(p.out), p.slot_stride / sizeof(double),
+                           static_cast<double*>(result), p.count));
   }
   const R<float> apply(rule, push);
   const float k = static_cast<float>(push.steps), weight = static_cast<float>(push.weight);
@@ -92,51 +126,55 @@ Range pass_rule(DType dtype, const Rule& rule, const Push& push, const Piece& p)
   if constexpr (kPass != Pass::apply) {  // values to apply are of the center's type
     if (dtype == DType::f16)
       return range_of<float>(fused_half<kPass>(apply, k, weight, static_cast<Half*>(p.theta),
-                                               static_cast<Half*>(p.anchor), in, out, stride, p.count));
+                                               static_cast<Half*>(p.anchor), in, out, stride,
+                                               static_cast<Half*>(result), p.count));
     if (dtype == DType::bf16)
       return range_of<float>(fused_half<kPass>(apply, k, weight, static_cast<Bfloat*>(p.theta),
-                                               static_cast<Bfloat*>(p.anchor), in, out, stride, p.count));
+                                               static_cast<Bfloat*>(p.anchor), in, out, stride,
+                                               static_cast<Bfloat*>(result), p.count));
   }
-  return range_of<float>(fused<kPass>(apply, k, weight, static_cast<float*>(p.theta), static_cast<float*>(p.anchor), in,
-                                      out, stride, p.count));
+  return range_of<float>(fused_plain<kPass>(apply, k, weight, static_cast<float*>(p.theta),
+                                            static_cast<float*>(p.anchor), in, out, stride,
+                                            static_cast<float*>(result), p.count));
 }
 
 template <Pass kPass>
-Range pass(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
+Range pass(DType dtype, const Rule& rule, const Push& push, const Piece& p, void* result) {
   switch (rule.kind) {
     case Rule::Kind::add:
-      return pass_rule<kPass, Add>(dtype, rule, push, p);
+      return pass_rule<kPass, Add>(dtype, rule, push, p, result);
     case Rule::Kind::sgd:
-      return pass_rule<kPass, Sgd>(dtype, rule, push, p);
+      return pass_rule<kPass, Sgd>(dtype, rule, push, p, result);
     case Rule::Kind::momentum:
-      return pass_rule<kPass, Momentum>(dtype, rule, push, p);
+      return pass_rule<kPass, Momentum>(dtype, rule, push, p, result);
     case Rule::Kind::adam:
-      return pass_rule<kPass, Adam>(dtype, rule, push, p);
+      return pass_rule<kPass, Adam>(dtype, rule, push, p, result);
     case Rule::Kind::adagrad:
-      return pass_rule<kPass, Adagrad>(dtype, rule, push, p);
+      return pass_rule<kPass, Adagrad>(dtype, rule, push, p, result);
     case Rule::Kind::rmsprop:
-      if (rule.centered && rule.momentum != 0) return pass_rule<kPass, CenteredMomentumRmsprop>(dtype, rule, push, p);
-      if (rule.centered) return pass_rule<kPass, CenteredRmsprop>(dtype, rule, push, p);
-      if (rule.momentum != 0) return pass_rule<kPass, MomentumRmsprop>(dtype, rule, push, p);
-      return pass_rule<kPass, PlainRmsprop>(dtype, rule, push, p);
+      if (rule.centered && rule.momentum != 0) return pass_rule<kPass, CenteredMomentumRmsprop>(dtype, rule, push, p, result);
+      if (rule.centered) return pass_rule<kPass, CenteredRmsprop>(dtype, rule, push, p, result);
+      if (rule.momentum != 0) return pass_rule<kPass, MomentumRmsprop>(dtype, rule, push, p, result);
+      return pass_rule<kPass, PlainRmsprop>(dtype, rule, push, p, result);
     case Rule::Kind::lion:
-      return pass_rule<kPass, Lion>(dtype, rule, push, p);
+      return pass_rule<kPass, Lion>(dtype, rule, push, p, result);
     case Rule::Kind::delayed_nesterov:
-      return pass_rule<kPass, DelayedNesterov>(dtype, rule, push, p);
+      return pass_rule<kPass, DelayedNesterov>(dtype, rule, push, p, result);
     case Rule::Kind::elastic:
-      return pass_rule<kPass, Elastic>(dtype, rule, push, p);
+      return pass_rule<kPass, Elastic>(dtype, rule, push, p, result);
     case Rule::Kind::custom:  // not a loop of ours: staged.cpp
       break;
   }
   __builtin_unreachable();
 }
 
-Range exchange(DType dtype, const Rule& rule, const Push& push, bool keep_theta, const Piece& p) {
-  return keep_theta ? pass<Pass::keep>(dtype, rule, push, p) : pass<Pass::exchange>(dtype, rule, push, p);
+Range exchange(DType dtype, const Rule& rule, const Push& push, void* result, const Piece& p) {
+  if (result == p.theta) return pass<Pass::exchange>(dtype, rule, push, p, result);
+  return result ? pass<Pass::apart>(dtype, rule, push, p, result) : pass<Pass::keep>(dtype, rule, push, p, result);
 }
 
 Range apply(DType dtype, const Rule& rule, const Push& push, const Piece& p) {
-  return pass<Pass::apply>(dtype, rule, push, p);
+  return pass<Pass::apply>(dtype, rule, push, p, nullptr);
 }
 
 // ---- the gap between a worker and the center

@@ -46,9 +46,9 @@ struct Piece {
 
 struct Kernels {
   const char* name;
-  /// delta = (theta - anchor) / steps; out, slots = rule(in, weight * delta); anchor = out, and theta = out unless it
-  /// is to be kept. Returns the range of `out` and the slots.
-  Range (*exchange)(DType, const Rule&, const Push&, bool keep_theta, const Piece&);
+  /// delta = (theta - anchor) / steps; out, slots = rule(in, weight * delta); anchor = result = out. `result`: theta
+  /// itself, or null, or elsewhere, past the cache but for half types. Returns the range of `out` and the slots.
+  Range (*exchange)(DType, const Rule&, const Push&, void* result, const Piece&);
   /// out, slots = rule(in, weight * theta / steps); theta = out. Of the center's type; no anchor.
   Range (*apply)(DType center, const Rule&, const Push&, const Piece&);
   /// theta, a delta of the center's type, /= 1 + |in - anchor| / typical move of the center, as far as the worker's

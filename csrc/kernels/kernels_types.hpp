@@ -129,16 +129,32 @@ void store(const float* from, H* to, std::size_t count) {
   for (; i < count; ++i) from_float(from[i], to + i);
 }
 
-#if defined(__SSE2__)
-inline void stream(const char* from, char* to) {
-  _mm_stream_ps(reinterpret_cast<float*>(to), _mm_loadu_ps(reinterpret_cast<const float*>(from)));
-}
-#endif
+// ---- stores past the cache: for more than it holds
 
-/// A copy that leaves the cache as it is, and does not read what it overwrites: for more than the cache holds.
-inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
+constexpr std::size_t kLine = 64;
+
+/// Whole lines, `to` at the start of one. The cache stays as it is, and what is overwritten is not read.
+inline void stream_lines(const void* from, void* to, std::size_t bytes) {
 #if defined(__SSE2__)
-  constexpr std::size_t kWord = sizeof(__m128), kLine = 64, kReaders = 4, kStretch = 16384;
+  constexpr std::size_t kWords = sizeof(__m128) / sizeof(float);
+  const float* in = static_cast<const float*>(from);
+  float* out = static_cast<float*>(to);
+  for (std::size_t i = 0; i < bytes / sizeof(float); i += kWords) _mm_stream_ps(out + i, _mm_loadu_ps(in + i));
+#else
+  __builtin_memcpy(to, from, bytes);
+#endif
+}
+
+/// Such stores are in no order with others, not with an unlock either: after the last one.
+inline void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+/// As memcpy(), with stream_lines().
+inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
+  constexpr std::size_t kReaders = 4, kStretch = 16384;
   const char* in = static_cast<const char*>(from);
   char* out = static_cast<char*>(to);
   const std::size_t misaligned = -reinterpret_cast<std::uintptr_t>(out) % kLine;
@@ -148,14 +164,11 @@ inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
   for (; done + kReaders * kStretch <= bytes; done += kReaders * kStretch)
     for (std::size_t line = 0; line < kStretch; line += kLine)
       for (std::size_t reader = 0; reader < kReaders; ++reader)
-        for (std::size_t i = done + reader * kStretch + line, end = i + kLine; i < end; i += kWord)
-          stream(in + i, out + i);
-  for (; done + kWord <= bytes; done += kWord) stream(in + done, out + done);
-  __builtin_memcpy(out + done, in + done, bytes - done);
-  _mm_sfence();  // such stores are in no order with others, not with an unlock either
-#else
-  __builtin_memcpy(to, from, bytes);
-#endif
+        stream_lines(in + done + reader * kStretch + line, out + done + reader * kStretch + line, kLine);
+  const std::size_t rest = (bytes - done) / kLine * kLine;
+  stream_lines(in + done, out + done, rest);
+  __builtin_memcpy(out + done + rest, in + done + rest, bytes - done - rest);
+  end_stream();
 }
 
 inline float wide(float value) {

@@ -32,7 +32,7 @@ std::vector<double> time_private_pass(std::size_t count, std::size_t block_bytes
                            reinterpret_cast<std::byte*>(&center[spare * stride]),
                            block_bytes,
                            std::min(block, count - first)};
-      kernels().exchange(DType::f32, rule, push, false, piece);
+      kernels().exchange(DType::f32, rule, push, piece.theta, piece);
       std::swap(place[b], spare);
     }
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());

@@ -11,7 +11,7 @@ from overlaps import DOUBLES
 from ranks import on_ranks
 from reference import FEW_RULES, OverlapClient, ReferenceCenter, ReferenceClient
 
-from hvd_agn import rules
+from hvd_agn import Center, rules
 from hvd_agn.errors import NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError
 
 PERIOD = 2
@@ -89,6 +89,28 @@ def follow_the_reference(rule, overlap, in_graph, dtypes=DTYPES, **options):
 @pytest.mark.parametrize("rule", FEW_RULES, ids=repr)
 def test_as_the_reference(rule, overlap, in_graph):
     follow_the_reference(rule, overlap, in_graph)
+
+
+@pytest.mark.parametrize("rule", [rules.Add(), rules.Adam(0.1), rules.Elastic(0.3)], ids=repr)
+def test_more_than_a_cache_holds_as_in_place(rule, kernels):
+    """Results go past the cache there."""
+    shapes, dtypes = [(3_000_003,), (7,), (1_500_001,), (5_000_003,)], ["f4", "f4", "f8", "f2"]
+    rng = np.random.default_rng(1)
+    initial = [rng.standard_normal(s).astype(t) for s, t in zip(shapes, dtypes, strict=True)]
+    assert sum(a.nbytes for a in initial) > 32 << 20
+    variables, arrays = variables_of(initial), [a.copy() for a in initial]
+    optimizer, center = wrap(variables, rule=rule), Center(arrays, rule)
+    apply = compiled(optimizer, variables)
+    for _ in range(2):
+        for _ in range(PERIOD):
+            updates = [rng.standard_normal(s).astype(t) for s, t in zip(shapes, dtypes, strict=True)]
+            apply(updates)
+            for array, update in zip(arrays, updates, strict=True):
+                array += update
+        center.exchange(PERIOD)
+        same([v.numpy() for v in variables], arrays)
+        same(list(optimizer.center.snapshot().values()), list(center.snapshot().values()))
+    assert optimizer.stats()["exchanges"] == 2
 
 
 def follow_by_mailbox(host):
