@@ -67,7 +67,8 @@ word<T> fused_apart(const R& rule, T steps, T weight, T* theta, T* anchor, const
   constexpr std::size_t kBurst = 256 / sizeof(T);
   word<T> largest = 0;
   const auto go = [&](std::size_t i, std::size_t n) {
-    largest = larger(largest, fused<Pass::keep>(rule, steps, weight, theta + i, anchor + i, in + i, out + i, stride, n));
+    largest =
+        larger(largest, fused<Pass::keep>(rule, steps, weight, theta + i, anchor + i, in + i, out + i, stride, n));
   };
   const bool aligned = reinterpret_cast<std::uintptr_t>(result) % kLine == 0;
   std::size_t done = 0;
@@ -112,11 +113,10 @@ word<T> fused_plain(const R& rule, T steps, T weight, T* theta, T* anchor, const
 template <Pass kPass, template <class> class R>
 Range pass_rule(DType dtype, const Rule& rule, const Push& push, const Piece& p, void* result) {
   if (dtype == DType::f64) {
-    return range_of<double>(
-        fused_plain<kPass>(R<double>(rule, push), push.steps, push.weight, static_cast<double*>(p.theta),
-                           static_cast<double*>(p.anchor), reinterpret_cast<const double*>(p.in),
-                           reinterpret_cast<double*>(p.out), p.slot_stride / sizeof(double),
-                           static_cast<double*>(result), p.count));
+    return range_of<double>(fused_plain<kPass>(R<double>(rule, push), push.steps, push.weight,
+                                               static_cast<double*>(p.theta), static_cast<double*>(p.anchor),
+                                               reinterpret_cast<const double*>(p.in), reinterpret_cast<double*>(p.out),
+                                               p.slot_stride / sizeof(double), static_cast<double*>(result), p.count));
   }
   const R<float> apply(rule, push);
   const float k = static_cast<float>(push.steps), weight = static_cast<float>(push.weight);
@@ -134,8 +134,8 @@ Range pass_rule(DType dtype, const Rule& rule, const Push& push, const Piece& p,
                                                static_cast<Bfloat*>(result), p.count));
   }
   return range_of<float>(fused_plain<kPass>(apply, k, weight, static_cast<float*>(p.theta),
-                                            static_cast<float*>(p.anchor), in, out, stride,
-                                            static_cast<float*>(result), p.count));
+                                            static_cast<float*>(p.anchor), in, out, stride, static_cast<float*>(result),
+                                            p.count));
 }
 
 template <Pass kPass>
@@ -152,7 +152,8 @@ Range pass(DType dtype, const Rule& rule, const Push& push, const Piece& p, void
     case Rule::Kind::adagrad:
       return pass_rule<kPass, Adagrad>(dtype, rule, push, p, result);
     case Rule::Kind::rmsprop:
-      if (rule.centered && rule.momentum != 0) return pass_rule<kPass, CenteredMomentumRmsprop>(dtype, rule, push, p, result);
+      if (rule.centered && rule.momentum != 0)
+        return pass_rule<kPass, CenteredMomentumRmsprop>(dtype, rule, push, p, result);
       if (rule.centered) return pass_rule<kPass, CenteredRmsprop>(dtype, rule, push, p, result);
       if (rule.momentum != 0) return pass_rule<kPass, MomentumRmsprop>(dtype, rule, push, p, result);
       return pass_rule<kPass, PlainRmsprop>(dtype, rule, push, p, result);

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from ranks import on_ranks
 
 import hvd_agn.tensorflow as agn
@@ -180,6 +181,19 @@ def test_statistics_are_in_the_logs(scaled, tmp_path, capsys):
     with (tmp_path / "log.csv").open() as file:
         assert [row["exchanges"] for row in csv.DictReader(file)] == ["2", "5"]
     assert "center_version: 5" in capsys.readouterr().out
+
+
+def test_statistics_are_in_tensorboard(tmp_path):
+    model, _ = compiled()
+    fit(model, Statistics(), keras.callbacks.TensorBoard(tmp_path, write_graph=False))
+    written = {}
+    for file in (tmp_path / "train").iterdir():
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                written[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    assert [written["epoch_exchanges", epoch] for epoch in range(2)] == [2, 5]
+    assert {f"epoch_{key}" for key in Statistics.KEYS} <= {tag for tag, _ in written}
 
 
 def test_what_cannot_be_seen_is_an_error():

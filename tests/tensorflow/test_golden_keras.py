@@ -88,6 +88,37 @@ def test_dense(inner):
         optimizer.close()
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")  # Keras, of x1
+@pytest.mark.parametrize("keras_worker", [0, 1])
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+def test_a_gradient_that_is_none(inner, keras_worker):
+    """Of x1 at worker 1, all the time: it neither steps, nor pushes nor pulls x1."""
+    recorded, inputs, prefix = load("special_none_sparse"), load("inputs"), f"none_{inner}"
+    initial = [inputs[f"init/{name}"] for name in NAMES]
+    variables = [keras.Variable(value, name=name) for name, value in zip(NAMES, initial, strict=True)]
+    optimizer = wrapped(inner, 2, variables)
+    arrays = [value.copy() for value in initial]
+    client, local = optimizer.center.client(arrays), Local(inner, arrays, 2)
+    steps = [0, 0]
+    for row, turn in enumerate(recorded[f"{prefix}/order"]):
+        gradients = [recorded[f"{prefix}/grad/{name}"][row] for name in NAMES]
+        if turn == 1:
+            gradients[1] = None
+        before = optimizer.center.snapshot()
+        steps[turn] += 1
+        boundary = steps[turn] % 2 == 0
+        if turn == keras_worker:
+            given = [None if each is None else tf.constant(each) for each in gradients]
+            optimizer.apply(given, variables)
+        else:
+            local.step(arrays, gradients)
+            client.accumulate(gradients)
+            if boundary:
+                client.exchange(2, lr=0.1 if optimizer.center.rule.follows else None)
+        check(optimizer, variables, recorded, f"{prefix}/worker{keras_worker}", row)
+        check_center(optimizer.center, before, recorded, f"{prefix}/worker0", row, NAMES, boundary)
+
+
 @pytest.mark.parametrize("inner", [inner for inner in sorted(RULES) if inner != "nesterov"])
 def test_sparse(inner):
     """Sums and center. Keras' own steps differ: slots decay in all rows, a row that comes twice is squared twice."""
