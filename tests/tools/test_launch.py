@@ -100,7 +100,7 @@ def test_two_mpi_libraries_in_one_process():
         pytest.skip("the other MPI's environment is missing: `make environment` and `make environment MPI=mpich`")
     if not list(Path(find_spec("mpi4py").origin).parent.glob("MPI.*mp*.*.so")):
         pytest.skip("mpi4py was built here: only its wheel can be told which MPI to take")
-    env = {"MPI4PY_LIBMPI": str(library), "OPAL_PREFIX": str(library.parents[2])}
+    env = {"MPI4PY_LIBMPI": str(library), "OPAL_PREFIX": str(library.parents[1])}
     texts = [python(CREATE, **env), python(f"from mpi4py import MPI; {CREATE}", **env)]
     two = [
         f"LaunchError: two MPI libraries in one process: mpi4py uses {library}" in text
