@@ -127,8 +127,6 @@ class Worker(Generic[A]):
         self._period, self._overlap = settings.communication_period, settings.overlap
         self._through = through or self.perform
         self.closed = closed
-        self.steps = 0
-        """Applied updates so far."""
         self.steps_since_exchange = 0
         self._steps_under_way = 0  # of the exchange in the background
         self._viewing_center = False
@@ -202,7 +200,7 @@ class Worker(Generic[A]):
             raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
         self.center.check_open()
 
-    def step(self, update: Callable[..., Any], *arguments: Any) -> Any:
+    def step(self, update: Callable[[], Any]) -> Any:
         """Apply an update and count it; when the period is over, exchange, or with ``overlap`` start to.
 
         What an exchange in the background has brought is merged before, if it has ended.
@@ -211,8 +209,7 @@ class Worker(Generic[A]):
             self.check_open("step()")
         if self._overlap and self.client.ready:
             self._through("land")
-        result = update(*arguments)
-        self.steps += 1
+        result = update()
         self.steps_since_exchange += 1
         if self.steps_since_exchange >= self._period:
             self._through("exchange")
@@ -370,7 +367,6 @@ class Worker(Generic[A]):
         return {
             "rank": self.center.rank,
             "size": self.center.size,
-            "steps": self.steps,
             "steps_since_exchange": self.steps_since_exchange,
             "power": self.client.power,
         }
@@ -381,7 +377,6 @@ class Worker(Generic[A]):
 
     def restore(self, counters: Mapping[str, Any]) -> None:
         """Set those that :meth:`counters` gave; what was rounded away or accumulated here is forgotten."""
-        self.steps = counters["steps"]
         self.steps_since_exchange = counters["steps_since_exchange"]
         self.client.power = counters.get("power", 0.0)
         self.client.forget()

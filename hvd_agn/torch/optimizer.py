@@ -3,6 +3,7 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -188,14 +189,14 @@ class AGNOptimizer(torch.optim.Optimizer):
         if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
             return self._step_with_hooks(closure)
         update = self._step_and_accumulate if self._sums else self.optimizer.step
-        return self._worker.step(update) if closure is None else self._worker.step(update, closure)
+        return self._worker.step(update if closure is None else functools.partial(update, closure))
 
     step.hooked = True  # type: ignore[attr-defined]  # not by torch: profiled and hooked is the wrapped optimizer's step
 
     @torch.optim.Optimizer.profile_hook_step
     def _step_with_hooks(self, closure: Callable[[], float] | None) -> Any:
         update = self._step_and_accumulate if self._sums else self.optimizer.step
-        return self._worker.step(update, *([] if closure is None else [closure]))
+        return self._worker.step(update if closure is None else functools.partial(update, closure))
 
     def _step_and_accumulate(self, closure: Callable[[], float] | None = None) -> Any:
         """With the gradients as they are before the wrapped optimizer works on them, of a closure's last call."""
@@ -332,7 +333,6 @@ class AGNOptimizer(torch.optim.Optimizer):
         if own is None:
             return
         if not worker.owns(own) or ("gradients" in own) != bool(self._sums):
-            worker.steps = own["steps"]
             worker.pull()
             return
         worker.restore(own)
