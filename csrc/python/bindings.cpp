@@ -360,6 +360,7 @@ void bind_client(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // after gc.freeze(), as trainers call it, everything is left at exit
   m.doc() = "Native core of hvd_agn. Private: use hvd_agn.Center or hvd_agn.torch.AGNOptimizer.";
   use_python_errors();
   bind_comm(m);

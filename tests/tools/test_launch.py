@@ -71,6 +71,11 @@ def test_starting_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_ending_after_a_freeze_prints_nothing():
+    """gc.freeze(), as trainers call it, leaves all objects to the end of the process."""
+    assert python(f"import gc; {CREATE}; gc.freeze()") == ""
+
+
 def test_a_low_thread_level():
     text = python(CREATE, MPI4PY_RC_THREAD_LEVEL="serialized")
     assert "LaunchError: MPI runs at thread level 'serialized', hvd_agn needs 'multiple'" in text
