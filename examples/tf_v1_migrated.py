@@ -74,7 +74,7 @@ def main() -> None:
             feed = {model["images"]: train_x[rows], model["labels"]: train_y[rows]}
             session.run(model["train"], feed)
 
-    everyone = MPI.COMM_WORLD.gather(optimizer.stats()["exchanges"])  # waits for all: only to report on them
+    everyone = MPI.COMM_WORLD.gather(optimizer.stats()["exchanges"])  # rank 0 waits for all: only to report
     if is_chief:
         for rank, exchanges in enumerate(everyone):
             print(f"rank {rank}: {exchanges} exchanges")

@@ -227,6 +227,9 @@ def time_private_pass(count: int, block_bytes: int, repeats: int, rule: Rule) ->
 def kernels() -> str:
     """Instruction set of the loops in use."""
 
+def set_leak_warnings(on: bool) -> None:
+    """Whether nanobind reports what is left at exit."""
+
 def use_kernels(name: str) -> bool:
     """For tests: use another instruction set; false if it is not here."""
 

@@ -358,9 +358,9 @@ Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t in
     const DType dtype = buffers_[part->segment].dtype;
     const Piece p = piece(*part, block.data(), block.spare());
     void* const result = from_snapshot_ ? nullptr : target(*part);
-    const bool apart = result && result != p.theta, small = apart && !past_cache_;
-    range = std::max(range, kernels().exchange(dtype, center_->rule(), push, small ? nullptr : result, p));
-    if (small) std::memcpy(result, p.anchor, p.count * item_size(dtype));  // which is in the cache
+    const bool copied = result && result != p.theta && !past_cache_;
+    range = std::max(range, kernels().exchange(dtype, center_->rule(), push, copied ? nullptr : result, p));
+    if (copied) std::memcpy(result, p.anchor, p.count * item_size(dtype));
   }
   return range;
 }

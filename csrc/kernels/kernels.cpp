@@ -15,8 +15,8 @@ namespace {
 /// What a loop over the center does with a worker's values.
 enum class Pass {
   exchange,  // delta = (theta - anchor) / steps; theta = anchor = next
-  keep,      // the same, but theta stays
-  apart,     // the same, and what theta would become goes elsewhere, past the cache
+  keep,      // as exchange, but theta stays
+  apart,     // as keep, and what theta would become goes elsewhere
   apply,     // delta = theta / steps; theta = next; no anchor
 };
 
@@ -60,7 +60,8 @@ word<T> fused(const R& rule, T steps, T weight, T* __restrict theta, T* __restri
   return largest;
 }
 
-/// Streamed in bursts so short that stores past the cache go on beside the loads: takes no longer than in place.
+/// Past the cache, if `result` begins a line. In bursts so short that these stores go on beside the loads: takes no
+/// longer than in place, but for the reads of what was just written, from the first-level cache.
 template <class R, class T>
 word<T> fused_apart(const R& rule, T steps, T weight, T* theta, T* anchor, const T* in, T* out, std::size_t stride,
                     T* result, std::size_t count) {

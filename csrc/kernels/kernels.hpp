@@ -46,8 +46,9 @@ struct Piece {
 
 struct Kernels {
   const char* name;
-  /// delta = (theta - anchor) / steps; out, slots = rule(in, weight * delta); anchor = result = out. `result`: theta
-  /// itself, or null, or elsewhere, past the cache but for half types. Returns the range of `out` and the slots.
+  /// delta = (theta - anchor) / steps; out, slots = rule(in, weight * delta); anchor = result = out, or what the rule
+  /// gives a worker. `result`: theta itself, or null, or memory that none of the others overlaps: past the cache, but
+  /// for half types and where it begins no cache line. Returns the range of `out` and the slots.
   Range (*exchange)(DType, const Rule&, const Push&, void* result, const Piece&);
   /// out, slots = rule(in, weight * theta / steps); theta = out. Of the center's type; no anchor.
   Range (*apply)(DType center, const Rule&, const Push&, const Piece&);

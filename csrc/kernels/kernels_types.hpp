@@ -133,13 +133,13 @@ void store(const float* from, H* to, std::size_t count) {
 
 constexpr std::size_t kLine = 64;
 
-/// Whole lines, `to` at the start of one. The cache stays as it is, and what is overwritten is not read.
+/// Whole lines, `to` at the start of one. With SSE2 the cache stays as it is, and what is overwritten is not read.
 inline void stream_lines(const void* from, void* to, std::size_t bytes) {
 #if defined(__SSE2__)
-  constexpr std::size_t kWords = sizeof(__m128) / sizeof(float);
+  constexpr std::size_t kAtOnce = sizeof(__m128) / sizeof(float);
   const float* in = static_cast<const float*>(from);
   float* out = static_cast<float*>(to);
-  for (std::size_t i = 0; i < bytes / sizeof(float); i += kWords) _mm_stream_ps(out + i, _mm_loadu_ps(in + i));
+  for (std::size_t i = 0; i < bytes / sizeof(float); i += kAtOnce) _mm_stream_ps(out + i, _mm_loadu_ps(in + i));
 #else
   __builtin_memcpy(to, from, bytes);
 #endif
@@ -154,6 +154,7 @@ inline void end_stream() {
 
 /// As memcpy(), with stream_lines().
 inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
+#if defined(__SSE2__)
   constexpr std::size_t kReaders = 4, kStretch = 16384;
   const char* in = static_cast<const char*>(from);
   char* out = static_cast<char*>(to);
@@ -169,6 +170,9 @@ inline void copy_past_cache(const void* from, void* to, std::size_t bytes) {
   stream_lines(in + done, out + done, rest);
   __builtin_memcpy(out + done + rest, in + done + rest, bytes - done - rest);
   end_stream();
+#else
+  __builtin_memcpy(to, from, bytes);
+#endif
 }
 
 inline float wide(float value) {

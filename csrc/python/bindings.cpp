@@ -360,7 +360,6 @@ void bind_client(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_core, m) {
-  nb::set_leak_warnings(false);  // after gc.freeze(), as trainers call it, everything is left at exit
   m.doc() = "Native core of hvd_agn. Private: use hvd_agn.Center or hvd_agn.torch.AGNOptimizer.";
   use_python_errors();
   bind_comm(m);
@@ -380,6 +379,7 @@ NB_MODULE(_core, m) {
   m.def("time_private_pass", &time_private_pass, "count"_a, "block_bytes"_a, "repeats"_a, "rule"_a, Release(),
         "Seconds of each run of the fused pass over private memory.");
   m.def("kernels", [] { return std::string(kernels().name); }, "Instruction set of the loops in use.");
+  m.def("set_leak_warnings", &nb::set_leak_warnings, "on"_a, "Whether nanobind reports what is left at exit.");
   m.def("use_kernels", &use_kernels, "name"_a, "For tests: use another instruction set; false if it is not here.");
   m.def("compiler", [] { return std::string(HVD_AGN_COMPILER); }, "Compiler and flags of this build.");
   m.def("mpi_library_version", &mpi_library_version);

@@ -188,7 +188,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         """
         if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
             return self._step_with_hooks(closure)
-        update = self._step_and_accumulate if self._sums else self.optimizer.step
+        update = self._step_and_accumulate if self._sums else self.optimizer.step  # here: a call more would show
         return self._worker.step(update if closure is None else functools.partial(update, closure))
 
     step.hooked = True  # type: ignore[attr-defined]  # not by torch: profiled and hooked is the wrapped optimizer's step

@@ -81,11 +81,11 @@ def test_bench_exchange():
 
 
 def test_bench_exchange_of_a_framework():
-    arguments = ["--framework", "tensorflow", "--params", "10000", "--variables", "3"]
+    arguments = ["--framework", "tensorflow", "--params", "2000000", "--variables", "3"]
     done = hvd_agn("bench", "exchange", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, done.stdout.splitlines())
-    assert (row["framework"], row["ranks"], row["params"], row["variables"]) == ("tensorflow", 1, 9999, 3)
+    assert (row["framework"], row["ranks"], row["params"], row["variables"]) == ("tensorflow", 1, 1999998, 3)
     for key in ("exchange_ms", "torch_exchange_ms", "limit_ms", "ratio"):
         assert row[key] > 0
     assert "leave --ranks and --transport out" in hvd_agn("bench", "exchange", *arguments, "--ranks", "2").stderr
