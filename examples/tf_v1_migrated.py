@@ -15,7 +15,6 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import digits
 import numpy as np
 import tensorflow.compat.v1 as tf  # AGN: was import tensorflow as tf
-from mpi4py import MPI  # AGN: was flags for the cluster's hosts, the job's name and the task's index
 
 from hvd_agn.tensorflow.compat.v1 import AGNCustomGetter, AGNOptimizer  # AGN: was from tf.contrib.opt
 
@@ -58,6 +57,10 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=5, help="steps between two exchanges")
     parser.add_argument("--pushes", type=int, default=200, help="of all workers together, after which they stop")
     args = parser.parse_args()
+    # AGN: was flags for the cluster's hosts, the job's name and the task's index. Not above: this import starts Open
+    # MPI, for which hvd_agn's has set what it needs.
+    from mpi4py import MPI
+
     task, workers = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size  # AGN: was a tf.train.Server of the cluster
     is_chief = task == 0
 

@@ -24,7 +24,7 @@ class GraphVariables(Variables):
         self.exchanged = list(variables)
         self.names = [str(variable.name).removesuffix(":0") for variable in variables]
         for name, variable in zip(self.names, self.exchanged, strict=True):
-            if isinstance(variable, tf.Variable) and not hasattr(variable, "handle"):
+            if is_ref(variable):
                 raise LayoutError(
                     f"{name!r} is a ref variable, which no op of hvd_agn can reach. Make it with tf.get_variable in a "
                     "variable_scope with AGNCustomGetter, or give use_resource=True, or call "
@@ -36,6 +36,11 @@ class GraphVariables(Variables):
             name: np.zeros(variable.shape.as_list(), variable.dtype.as_numpy_dtype)
             for name, variable in zip(self.names, self.exchanged, strict=True)
         }
+
+
+def is_ref(variable: Any) -> bool:
+    """Whether it is a variable of TensorFlow 1's own kind, with a buffer that ops are handed as it is."""
+    return isinstance(variable, tf.Variable) and not hasattr(variable, "handle")
 
 
 class GraphWorker(Worker[Variables]):

@@ -16,7 +16,7 @@ from ...client import Stats
 from ...errors import ConfigError, UsageError, warn
 from ...worker import Settings
 from ..ops import Ops
-from .graph import GraphVariables, GraphWorker, adam_powers, learning_rate, like, refuse_cluster
+from .graph import GraphVariables, GraphWorker, adam_powers, is_ref, learning_rate, like, refuse_cluster
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -184,9 +184,12 @@ class AGNOptimizer(v1.train.Optimizer):  # type: ignore[misc]
         if self._worker is not None:
             raise UsageError(f"{self._name}: apply_gradients() was called before: use one AGNOptimizer per graph.")
         pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
+        variables = [variable for _, variable in pairs]
         with v1.name_scope(name or self._name) as scope:
+            if any(map(is_ref, variables)):
+                self._start(variables, global_step)  # refuses them, where TensorFlow may fail on their slots
             update = self._inner.apply_gradients(pairs)
-            ops = self._start([variable for _, variable in pairs], global_step)
+            ops = self._start(variables, global_step)
             rate = learning_rate(self._inner) if self._rule.follows else tf.constant(0.0, tf.float64)
             done = [update, ops.accumulate([gradient for gradient, _ in pairs]), self._rate.assign(rate)]
             with tf.control_dependencies(done):
