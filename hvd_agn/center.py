@@ -8,6 +8,7 @@ import itertools
 import json
 import operator
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from .errors import (
     ConfigError,
     LaunchError,
     LayoutError,
+    RestoredError,
     SharedMemoryError,
     StallError,
     UsageError,
@@ -47,6 +49,9 @@ class Owner(Protocol):
         """The center is about to be loaded: end what is under way, or raise UsageError if that makes no sense now."""
 
     def pull(self) -> None:
+        """Take over the center."""
+
+    def loaded(self) -> None:
         """Take over the center: it was loaded."""
 
     def closed(self) -> None:
@@ -134,6 +139,7 @@ class Center:
         self._clients: list[Client] = []
         self._owner: Owner | None = None
         self._serial = next(_serials)
+        self._loads = 0  # checkpoints that this rank has loaded
 
         MPI = mpi.initialize()
         parent = MPI.COMM_WORLD if comm is None else comm
@@ -161,8 +167,11 @@ class Center:
         except Exception as failure:
             error = error or failure
         self._wait(_CREATING)
-        expected, self.resumed = self._mpi_comm.bcast((signature, resume is not None), root=0)
+        identity = resume.identity if resume else secrets.randbits(63)
+        expected, self.resumed, identity = self._mpi_comm.bcast((signature, resume is not None, identity), root=0)
         """Whether it began with ``resume``."""
+        self.identity: int = identity
+        """Made at random with the center, and the same in all that is saved of it."""
         if error is None and signature != expected and expected:
             error = LayoutError(_first_difference(signature, expected))
         self._agree(error)
@@ -318,23 +327,27 @@ class Center:
         shapes = [tuple(int(n) for n in value.shape) for value in values]
         if shapes != self._shapes:
             raise LayoutError(f"{self.label}: a client's arrays have shapes {shapes}, the center's {self._shapes}.")
-        try:
-            made = Client(
-                self._open(),
-                names,
-                values,
-                label=self.label,
-                rule=self.rule,
-                on_nonfinite=self._on_nonfinite,
-                wire_dtype=self._wire_dtype,
-                overlap=self._overlap,
-                gradients=self._gradients,
-                on_close=self._clients.remove,
-            )
-        except ValueError as error:
-            raise LayoutError(f"{self.label}: {error}.") from error
-        self._clients.append(made)
-        return made
+        while True:
+            try:
+                made = Client(
+                    self._open(),
+                    names,
+                    values,
+                    label=self.label,
+                    rule=self.rule,
+                    on_nonfinite=self._on_nonfinite,
+                    wire_dtype=self._wire_dtype,
+                    overlap=self._overlap,
+                    gradients=self._gradients,
+                    on_close=self._clients.remove,
+                )
+            except RestoredError:  # rank 0 is fast
+                self.follow()
+                continue
+            except ValueError as error:
+                raise LayoutError(f"{self.label}: {error}.") from error
+            self._clients.append(made)
+            return made
 
     def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | None = None) -> bool:
         """As :meth:`Client.exchange`, for this center's arrays.
@@ -393,6 +406,12 @@ class Center:
         named = [dict(zip(self._names, plane, strict=True)) for plane in planes]
         return named[0], dict(zip(slots, named[1:], strict=True)), version
 
+    def resume(self) -> checkpoint.Resume:
+        """A copy of all there is of the center, for another to go on from. Not collective."""
+        center, slots, version = self._read()
+        values = {slot: list(arrays.values()) for slot, arrays in slots.items()}
+        return checkpoint.Resume(list(center.values()), values, version, repr(self.rule), self.identity)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write center and slots to a safetensors file. Rank 0 writes; on other ranks nothing happens.
 
@@ -406,7 +425,7 @@ class Center:
             self._open()
             return
         center, slots, version = self._read()
-        checkpoint.write(Path(path), center, slots, version, repr(self.rule))
+        checkpoint.write(Path(path), center, slots, version, repr(self.rule), self.identity)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Set center and slots to a file written by :meth:`save`, by any number of ranks. Collective.
@@ -432,19 +451,59 @@ class Center:
         error: CheckpointError | None = None
         if self._comm.rank == 0:
             try:
-                native.write(*checkpoint.read(Path(path), self._like(), self.rule.active_slots()))
+                planes, version, identity = checkpoint.read(Path(path), self._like(), self.rule.active_slots())
+                self.identity = secrets.randbits(63) if identity is None else identity
+                native.epoch += 1
+                native.write(planes, version)
             except Exception as failure:  # of any kind: the other ranks wait to hear of it
                 error = CheckpointError(f"{self.label}: {path} cannot be loaded into {self.rule}: {failure}")
         self._comm.barrier("waits for rank 0 to read the center's file")
-        error = self._mpi_comm.bcast(error, root=0)
+        error, self.identity, epoch = self._mpi_comm.bcast((error, self.identity, native.epoch), root=0)
         if error is not None:
             raise error
+        native.epoch = self._loads = epoch
+        self._renew_clients()
+        if self._owner is not None:
+            self._owner.loaded()
+
+    def _renew_clients(self) -> None:
+        """The center is another now: they pull, but for the owner's, which does so itself."""
         for client in self._clients:
             client.forget()
             if self._owner is None or client is not self.arrays_client:
                 client.pull()
-        if self._owner is not None:
-            self._owner.pull()
+
+    def restore(self, resume: checkpoint.Resume | None, values: Sequence[Any]) -> None:
+        """Set the center to one as it was, as every rank does, each when it comes to it: rank 0 writes.
+
+        Exchanges of ranks that have come to it wait for that, asleep. Those of ranks that have not raise RestoredError.
+
+        Args:
+            resume: the center; :meth:`fits` has been asked. None: it becomes ``values``.
+            values: arrays like the center's.
+        """
+        native = self._open()
+        self._loads += 1
+        native.epoch = max(native.epoch, self._loads)
+        if resume is not None:
+            self.identity = resume.identity
+        if self.rank != 0:
+            return
+        like = [(name, *shape_and_type) for name, shape_and_type in self._like().items()]
+        native.write(self._initial(values, like, resume), resume.version if resume else 0)
+
+    def fits(self, resume: checkpoint.Resume) -> None:
+        """Raise CheckpointError if the center cannot be set to that one."""
+        resume.planes(self._like(), self.rule.active_slots())
+
+    def follow(self) -> None:
+        """Work with a center that rank 0 has set to a checkpoint, which this rank has not loaded."""
+        self._open().epoch += 1
+
+    @property
+    def behind(self) -> bool:
+        """Whether rank 0 has loaded a checkpoint more than this rank, and this rank works with it."""
+        return self._open().epoch > self._loads
 
     def restart(self, values: Sequence[Any], note: T) -> T:
         """Set the center to rank 0's ``values``, unless it was loaded: for a framework that has them only now.

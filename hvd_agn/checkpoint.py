@@ -1,12 +1,12 @@
 """The center's file: safetensors. Parameters have their own names, slots ``slot/<slot>/<name>``.
 
-And what other files hold of a center (:class:`Resume`).
+And what other files hold of a center and of a worker (:class:`Resume`, :class:`WorkerState`).
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -29,6 +29,8 @@ class Resume(NamedTuple):
     version: int
     rule: str
     """In words."""
+    identity: int
+    """Of the center: made at random when it began, and the same in all that was saved of it."""
 
     def planes(self, like: Like, slots: Sequence[str]) -> list[list[np.ndarray]]:
         """As those of :func:`read`."""
@@ -39,11 +41,24 @@ class Resume(NamedTuple):
         return _planes(tensors, like, slots, self.rule)
 
 
+class WorkerState(NamedTuple):
+    """A worker as it was. Arrays come in their order."""
+
+    counters: Mapping[str, Any]
+    """``rank``, ``size``, ``steps_since_exchange``, ``power``; ``versions`` of the center's blocks as it knew them."""
+    anchor: Sequence[Any]
+    """What its next push is counted from."""
+    snapshot: Sequence[Any] | None
+    """If an exchange in the background has brought the anchor, and is still to be merged: what it had pushed."""
+    sums: Sequence[Any] | None
+    """Of gradients, None where there has been none; None in all if it does not push them."""
+
+
 def _numbered(names: Sequence[str], arrays: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray]]:
     return [(names[i] if i < len(names) else f"array {i}", array) for i, array in enumerate(arrays)]
 
 
-def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, rule: str) -> None:
+def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, rule: str, identity: int) -> None:
     """Write the file; it appears whole or not at all.
 
     Args:
@@ -51,6 +66,7 @@ def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, r
         slots: the rule's arrays, by slot and name.
         version: of the center.
         rule: in words, for whoever reads the file.
+        identity: of the center, as in :class:`Resume`.
 
     Raises:
         OSError: the file cannot be written; an older one is as it was.
@@ -58,7 +74,7 @@ def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, r
     tensors = dict(center)
     for slot, arrays in slots.items():
         tensors |= {f"slot/{slot}/{name}": array for name, array in arrays.items()}
-    metadata = {"format": _FORMAT, "rule": rule, "version": str(version)}
+    metadata = {"format": _FORMAT, "rule": rule, "version": str(version), "identity": str(identity)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         safetensors.numpy.save_file(tensors, partial, metadata)
@@ -69,8 +85,8 @@ def write(path: Path, center: Named, slots: Mapping[str, Named], version: int, r
         partial.unlink(missing_ok=True)
 
 
-def read(path: Path, like: Like, slots: Sequence[str]) -> tuple[list[list[np.ndarray]], int]:
-    """The arrays of a file, in the order of ``like``: the center's, then those of each slot; and the version.
+def read(path: Path, like: Like, slots: Sequence[str]) -> tuple[list[list[np.ndarray]], int, int | None]:
+    """The arrays of a file, in the order of ``like``: the center's, then those of each slot; version; identity, if any.
 
     Args:
         like: what must be there.
@@ -87,7 +103,9 @@ def read(path: Path, like: Like, slots: Sequence[str]) -> tuple[list[list[np.nda
         raise CheckpointError(f"it cannot be read ({failure}). Give a file that save() wrote.") from None
     if metadata.get("format") != _FORMAT or not metadata.get("version", "").isdigit():
         raise CheckpointError("it was not written by Center.save().")
-    return _planes(tensors, like, slots, metadata.get("rule")), int(metadata["version"])
+    identity = metadata.get("identity")
+    planes = _planes(tensors, like, slots, metadata.get("rule"))
+    return planes, int(metadata["version"]), None if identity is None else int(identity)
 
 
 def _planes(

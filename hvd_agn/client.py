@@ -261,8 +261,15 @@ class Client:
         self._arrays = []
 
     def read_anchor(self, index: int, out: Any) -> None:
-        """Copy the anchor of array ``index`` to ``out``, an array like it."""
+        """Copy the anchor of array ``index`` to ``out``, an array like it. Waits for an exchange in the background."""
         self._open().read_anchor(index, _buffer(self._names[index], out))
+
+    def read_snapshot(self, index: int, out: Any) -> None:
+        """Between :meth:`start` and :meth:`finish`, which will add the anchor less this to array ``index``.
+
+        Waits for the exchange to end.
+        """
+        self._open().read_snapshot(index, _buffer(self._names[index], out))
 
     def write_anchor(self, index: int, values: Any) -> None:
         """Set the anchor of array ``index`` to ``values``, an array like it."""
@@ -271,6 +278,18 @@ class Client:
     def stats(self) -> Stats:
         """What this client has done so far."""
         return self._open().stats()  # type: ignore[return-value]
+
+    @property
+    def versions(self) -> list[int]:
+        """Of the center's blocks, as last pulled: what staleness is counted from.
+
+        Setting a list of another length sets them all to its largest.
+        """
+        return self._open().versions
+
+    @versions.setter
+    def versions(self, versions: Sequence[int]) -> None:
+        self._open().versions = list(versions)
 
     @property
     def power(self) -> float:

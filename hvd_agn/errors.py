@@ -54,6 +54,10 @@ class StallError(AGNError, TimeoutError):
     """A wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``."""
 
 
+class RestoredError(AGNError, RuntimeError):
+    """The center was set to a checkpoint that this rank has not loaded; nothing was pushed."""
+
+
 class NonFiniteWarning(RuntimeWarning):
     """A delta with a NaN or an Inf was refused."""
 
@@ -62,8 +66,16 @@ class RuleOverflowWarning(NonFiniteWarning):
     """A rule took blocks of the center beyond their type; they stay as they were."""
 
 
+class RestoredWarning(RuntimeWarning):
+    """The center was set to a checkpoint, and this rank, which did not load it, has taken the center over."""
+
+
 class StalenessWarning(RuntimeWarning):
     """More workers per period than published runs of AGN train well with."""
+
+
+class UsageWarning(UserWarning):
+    """A call that makes sense only after something else, which was done for you."""
 
 
 _FRAMEWORKS = ("hvd_agn.", "torch.", "tensorflow.", "keras.")

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from . import config, rules
 from .center import Center
-from .checkpoint import Resume
+from .checkpoint import Resume, WorkerState
 from .errors import (
     AGNError,
     CheckpointError,
     ConfigError,
     LayoutError,
     NonFiniteWarning,
+    RestoredError,
+    RestoredWarning,
     RuleOverflowWarning,
     StalenessWarning,
     UsageError,
+    UsageWarning,
     warn,
 )
 
@@ -78,11 +81,38 @@ class Arrays(Protocol):
     def tensors(self) -> Mapping[str, Any]:
         """Name -> what the center is made with."""
 
+    def ids(self) -> set[int]:
+        """The identities of those that are exchanged."""
+
     def read(self, client: "Client") -> None:
         """Make sure that the client knows each where it is now; LayoutError if they are not those of the start."""
 
     def write_back(self) -> None:
         """The client has changed them."""
+
+    def values(self) -> Sequence[Any]:
+        """Arrays on the CPU with their values; as :meth:`tensors`."""
+
+    def assign(self, values: Sequence[Any]) -> None:
+        """Set them to arrays of their shapes."""
+
+    def anchor(self, client: "Client") -> Sequence[Any]:
+        """A copy of the anchor of each."""
+
+    def snapshot(self, client: "Client") -> Sequence[Any]:
+        """A copy of what an exchange in the background has pushed of each."""
+
+    def merge(self, anchor: Sequence[Any], snapshot: Sequence[Any]) -> None:
+        """Add the difference to each."""
+
+    def set_anchor(self, client: "Client", anchor: Sequence[Any]) -> None:
+        """Set the anchor of each to an array of its shape."""
+
+    def accumulated(self, client: "Client") -> Sequence[Any]:
+        """A copy of the sum of gradients of each; None where there has been none."""
+
+    def set_accumulated(self, client: "Client", sums: Sequence[Any]) -> None:
+        """Set them to what :meth:`accumulated` returned."""
 
     def copy(self) -> Any:
         """Their values, to be put back."""
@@ -124,13 +154,18 @@ class Worker(Generic[A]):
     ) -> None:
         self.settings = settings
         self._rates = rates
-        self._period, self._overlap = settings.communication_period, settings.overlap
+        self.period, self._overlap = settings.communication_period, settings.overlap
         self._through = through or self.perform
-        self.closed = closed
+        self._on_close = closed
         self.steps_since_exchange = 0
         self._steps_under_way = 0  # of the exchange in the background
-        self._viewing_center = False
+        self.viewing_center = False
+        """Whether the parameters are the center's just now, within :meth:`center_weights`."""
+        self.careful = settings.overlap or settings.gradients
+        """Whether a step is more than an update that is counted."""
         self._layout_changed = False
+        self._took_over = False
+        self._center_loaded = False  # by Center.load(), and this worker has not exchanged since
         rule = settings.rule
         tensors: Mapping[str, Any] = {}
         failed: AGNError | None = None
@@ -143,8 +178,9 @@ class Worker(Generic[A]):
             if not settings.normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
                 raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")
             self.arrays = arrays()
+            _close_others(self.arrays.ids())
             tensors = self.arrays.tensors()
-        except (CheckpointError, ConfigError, LayoutError) as error:  # the center tells the other ranks
+        except AGNError as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
             tensors,
@@ -163,6 +199,7 @@ class Worker(Generic[A]):
         self.client = self.center.arrays_client
         self.arrays.write_back()
         self.center.own(self)
+        _open.append(self)
         self._warn_if_stale()
 
     def _warn_if_stale(self) -> None:
@@ -189,35 +226,30 @@ class Worker(Generic[A]):
 
     # ---- steps
 
-    @property
-    def viewing_center(self) -> bool:
-        """Whether the parameters are the center's just now, within :meth:`center_weights`."""
-        return self._viewing_center
-
     def check_open(self, call: str) -> None:
         """Raise UsageError after ``close()`` or inside ``center_weights()``; ``call`` is named in the message."""
-        if self._viewing_center:
+        if self.viewing_center:
             raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
         self.center.check_open()
 
-    def step(self, update: Callable[[], Any]) -> Any:
-        """Apply an update and count it; when the period is over, exchange, or with ``overlap`` start to.
-
-        What an exchange in the background has brought is merged before, if it has ended.
-        """
-        if self._viewing_center or self.center.closed:
-            self.check_open("step()")
+    def begin_step(self) -> None:
+        """Before an update: merge what an exchange in the background has brought, if it has ended."""
+        self.check_open("step()")
         if self._overlap and self.client.ready:
             self._through("land")
-        result = update()
+
+    def count(self) -> None:
+        """An update was applied: when the period is over, exchange, or with ``overlap`` start to."""
         self.steps_since_exchange += 1
-        if self.steps_since_exchange >= self._period:
+        if self.steps_since_exchange >= self.period:
             self._through("exchange")
-        return result
 
     def perform(self, what: str) -> None:
-        """Do what :meth:`exchange` and the others ask for, here and now: the parameters can be reached."""
-        _PERFORMED[what](self)
+        """Do what :meth:`flush` and the others ask for, here and now: the parameters can be reached."""
+        try:
+            _PERFORMED[what](self)
+        except RestoredError:
+            self._take_over()
 
     def flush(self) -> None:
         """Push the steps taken since the last exchange, if any, and pull. Waits for no other worker.
@@ -253,12 +285,13 @@ class Worker(Generic[A]):
         self.check_open("center_weights()")
         self.land()
         local = self.arrays.copy()
+        careful = self.careful
         try:
             self._through("peek")
-            self._viewing_center = True
+            self.viewing_center = self.careful = True
             yield
         finally:
-            self._viewing_center = False
+            self.viewing_center, self.careful = False, careful
             if not self._layout_changed:  # else nothing was done to them
                 self.arrays.put_back(local)
 
@@ -267,12 +300,18 @@ class Worker(Generic[A]):
 
         A second call does nothing. At exit it is called for you.
         """
-        if self._viewing_center:
+        if self.viewing_center:
             self.check_open("close()")
         if self._layout_changed:  # the last exchange has said that they cannot be pushed
             self.center.own(None)
         self.center.close()
         self.closed()
+
+    def closed(self) -> None:
+        """The center has closed. A second call does nothing."""
+        if self in _open:
+            _open.remove(self)
+            self._on_close()
 
     # ---- what is done where the parameters can be reached
 
@@ -292,6 +331,7 @@ class Worker(Generic[A]):
         self._start()
 
     def _start(self) -> None:
+        self._center_loaded = False
         if self.steps_since_exchange == 0:  # the one before was refused, and the steps since with it
             return
         self._read()
@@ -299,6 +339,7 @@ class Worker(Generic[A]):
         self._steps_under_way, self.steps_since_exchange = self.steps_since_exchange, 0
 
     def _exchange_now(self, *, exact: bool) -> None:
+        self._center_loaded = False
         self._read()
         try:
             self.client.exchange(self._divisor(), exact=exact, lr=self._rate())
@@ -308,6 +349,7 @@ class Worker(Generic[A]):
         finally:
             self.arrays.write_back()
         self.steps_since_exchange = 0
+        self._warn_if_behind()
 
     def _flush(self) -> None:
         self._land()
@@ -348,6 +390,28 @@ class Worker(Generic[A]):
         if not accepted:
             self.steps_since_exchange = 0
 
+    def _take_over(self) -> None:
+        """Rank 0 has set the center to a checkpoint: what was done here since the last exchange belongs to the past."""
+        while True:
+            self.center.follow()
+            self.client.forget()
+            try:
+                self._pull()
+                break
+            except RestoredError:  # once more
+                continue
+        self._took_over = True
+
+    def _warn_if_behind(self) -> None:
+        """Not at once: this rank may be about to load the checkpoint too."""
+        if self._took_over and self.center.behind:
+            warn(
+                f"{self.center.label}: rank 0 has loaded a checkpoint, and this rank has not: it has taken the center "
+                "over, and dropped what it had not pushed. Its optimizer is not restored. Load it on every rank.",
+                RestoredWarning,
+            )
+        self._took_over = False
+
     def _divisor(self) -> int:
         return max(self.steps_since_exchange, 1) if self.settings.normalize else 1
 
@@ -362,24 +426,102 @@ class Worker(Generic[A]):
 
     # ---- checkpoints
 
-    def counters(self) -> dict[str, Any]:
-        """Where this worker is in its period, for a checkpoint."""
-        return {
+    def loaded(self) -> None:
+        """``Center.load`` has loaded the center: take it over."""
+        self.pull()
+        self._center_loaded = True
+
+    def state(self) -> WorkerState:
+        """As it is now; changes nothing. An exchange in the background is waited for, and left to be merged."""
+        counters = {
             "rank": self.center.rank,
             "size": self.center.size,
             "steps_since_exchange": self.steps_since_exchange,
             "power": self.client.power,
         }
+        anchor = self.arrays.anchor(self.client)  # waits
+        snapshot = self.arrays.snapshot(self.client) if self.client.started else None
+        sums = self.arrays.accumulated(self.client) if self.settings.gradients else None
+        return WorkerState({**counters, "versions": self.client.versions}, anchor, snapshot, sums)
 
-    def owns(self, counters: Mapping[str, Any]) -> bool:
-        """Whether they are this worker's: of its rank, among as many."""
-        return (counters["rank"], counters["size"]) == (self.center.rank, self.center.size)
+    def owns(self, state: WorkerState | None) -> bool:
+        """Whether it is this worker's: of its rank, among as many, that pushes the same."""
+        if state is None or (state.sums is not None) != self.settings.gradients:
+            return False
+        return (state.counters["rank"], state.counters["size"]) == (self.center.rank, self.center.size)
 
-    def restore(self, counters: Mapping[str, Any]) -> None:
-        """Set those that :meth:`counters` gave; what was rounded away or accumulated here is forgotten."""
-        self.steps_since_exchange = counters["steps_since_exchange"]
-        self.client.power = counters.get("power", 0.0)
+    def check_state(self, center: Resume | None) -> None:
+        """Whether :meth:`load` can be called.
+
+        Raises:
+            CheckpointError: the center is of other arrays, of a rule with other slots, or another than the one that
+                ``Center.load`` has just loaded.
+            UsageError: after ``close()`` or inside ``center_weights()``.
+        """
+        self.check_open("loading a checkpoint")
+        if center is None:
+            return
+        label = self.center.label
+        try:
+            self.center.fits(center)
+        except CheckpointError as error:
+            raise CheckpointError(f"{label}: the saved center does not fit {self.center.rule}: {error}") from None
+        if self._center_loaded and center.identity != self.center.identity:
+            raise CheckpointError(
+                f"{label}: the optimizer's state was saved with another center than the one that was just loaded. "
+                "Load the file that belongs to it, optimizer.center.load(path) and then "
+                "optimizer.load_state_dict(state); or the state alone, which holds its center."
+            )
+
+    def load(self, own: WorkerState | None, center: Resume | None) -> None:
+        """Go on from a checkpoint, as every rank does, each for itself; the parameters have been loaded before.
+
+        The center becomes the one that was saved, unless ``Center.load`` has just loaded that. A worker to which the
+        state does not belong takes the saved center over, or, if there is none, begins from its parameters as they are.
+
+        Args:
+            own: of a worker, not necessarily this one.
+            center: as it was; None: it becomes rank 0's parameters.
+        """
+        self._discard()
+        self._read()
+        loaded, self._center_loaded = self._center_loaded, False
+        if not loaded:
+            self.center.restore(center, self.arrays.values())
         self.client.forget()
+        if own is not None and self.owns(own):
+            self.restore(own)
+        elif loaded:
+            self.pull()
+        else:
+            if center is not None:
+                self.arrays.assign(center.center)
+            self.arrays.set_anchor(self.client, self.arrays.values())
+            self.client.versions = [center.version if center else 0]
+            self.steps_since_exchange = 0
+
+    def restore(self, own: WorkerState) -> None:
+        """Be this worker, which it was, and whose parameters and center are there."""
+        self.steps_since_exchange = own.counters["steps_since_exchange"]
+        self.client.power = own.counters.get("power", 0.0)
+        self.client.versions = own.counters.get("versions") or self.client.versions
+        self.client.forget()
+        if own.snapshot is not None:
+            self.arrays.merge(own.anchor, own.snapshot)
+        self.arrays.set_anchor(self.client, own.anchor)
+        if own.sums is not None:
+            self.arrays.set_accumulated(self.client, own.sums)
+
+    def _discard(self) -> None:
+        """End the exchange in the background, and merge nothing: the parameters were loaded."""
+        if not self.client.started:
+            return
+        loaded = self.arrays.copy()
+        try:
+            self.land()
+        except AGNError:  # of an exchange that is past
+            pass
+        self.arrays.put_back(loaded)
 
 
 _PERFORMED: Mapping[str, Callable[[Worker[Any]], None]] = {
@@ -390,6 +532,21 @@ _PERFORMED: Mapping[str, Callable[[Worker[Any]], None]] = {
     "pull": Worker._pull,
     "peek": Worker._peek,
 }
+
+
+_open: list[Worker[Any]] = []  # whose centers are
+
+
+def _close_others(ids: set[int]) -> None:
+    """Close the workers that train any of these: two would write each other's center into the parameters."""
+    for worker in [each for each in _open if not ids.isdisjoint(each.arrays.ids())]:
+        label = worker.center.label
+        worker.close()
+        warn(
+            f"{label} had some of these parameters and was open: its last steps were pushed, and it was closed. Call "
+            "close() before the parameters are wrapped again.",
+            UsageWarning,
+        )
 
 
 def _only(rates: Collection[float]) -> float:

@@ -58,12 +58,14 @@ void fill(const Layout& layout, const Rule& rule, std::size_t block, const std::
 class Copy : public Transfer {
  public:
   Copy(const Layout& layout, const Rule& rule, const std::vector<std::vector<void*>>& planes, Message::Kind kind,
-       std::uint64_t version)
-      : layout_(layout), rule_(rule), planes_(planes), kind_(kind), version_(version) {}
+       std::uint64_t version, std::uint32_t epoch)
+      : layout_(layout), rule_(rule), planes_(planes), kind_(kind), version_(version), epoch_(epoch) {}
 
   void request(Message& head, std::byte* payload) override {
     head.kind = kind_;
     head.version = version_;
+    head.epoch = epoch_;
+    head.looks = true;
     if (kind_ != Message::Kind::write) return;
     head.payload_bytes = round_up(layout_.block_bytes() * (1 + rule_.slots()), Layout::kAlignment);
     fill(layout_, rule_, head.block, planes_, payload);
@@ -81,6 +83,7 @@ class Copy : public Transfer {
   const std::vector<std::vector<void*>>& planes_;
   Message::Kind kind_;
   std::uint64_t version_;  // to store; or the largest read
+  std::uint32_t epoch_;
 };
 
 class AskVersion : public Transfer {
@@ -183,13 +186,13 @@ std::uint64_t Center::read(const std::vector<std::vector<void*>>& planes) {
   std::uint64_t largest = 0;
   for (const auto& shard : shards_) {
     for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
-      const Shard::Block block = shard->lock(b);
+      const Shard::Block block = shard->lock(b, epoch_, true);
       largest = std::max(largest, block.version());
       copy_planes<true>(layout_, b, shard->slot_stride(), planes, block.data());
     }
   }
   if (mailbox() == nullptr) return largest;
-  Copy copy(layout_, rule_, planes, Message::Kind::read, largest);
+  Copy copy(layout_, rule_, planes, Message::Kind::read, largest, epoch_);
   mailbox()->run(copy);
   return copy.version();
 }
@@ -199,11 +202,11 @@ void Center::write(const std::vector<std::vector<void*>>& planes, std::uint64_t 
     for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
       Shard::Block block = shard->lock(b);
       fill(layout_, rule_, b, planes, block.spare());
-      block.commit(version);
+      block.restore(version, epoch_);
     }
   }
   if (mailbox() == nullptr) return;
-  Copy copy(layout_, rule_, planes, Message::Kind::write, version);
+  Copy copy(layout_, rule_, planes, Message::Kind::write, version, epoch_);
   mailbox()->run(copy);
 }
 

@@ -275,6 +275,7 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   next_range_ = Range::normal;
   failure_.clear();
+  restored_ = false;
   Mailbox* mailbox = center_->mailbox();
   Push push;
   push.steps = clipped(steps);
@@ -294,6 +295,7 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
     if (mailbox) mailbox->begin(transfer);
     for (const auto& shard : center_->shards()) exchange_shard(*shard, push);
     if (mailbox) mailbox->wait(transfer);
+    check_restored();
     HVD_AGN_EXPECTS(failure_.empty(), RuleError, failure_);
   } catch (...) {
     if (mailbox) mailbox->cancel(transfer);
@@ -318,12 +320,13 @@ void Client::exchange_shard(Shard& shard, const Push& push) {
   for (std::size_t i = 0; i < blocks; ++i) {
     const std::size_t b = shard.begin() + (first_block(shard.begin(), shard.end()) + i) % blocks;
     if (!active(b, false)) continue;
-    if (auto block = shard.try_lock(b))
+    auto block = shard.try_lock(b);
+    if (block && block->epoch() == center_->epoch())
       exchange_block(shard, std::move(*block), b, push);
     else
       busy_.push_back(b);
   }
-  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b), b, push);
+  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b, center_->epoch()), b, push);
 }
 
 void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push) {
@@ -425,18 +428,20 @@ void Client::copy_all(bool theta, bool with_anchor) {
   const Timed timed(&stats_.seconds, &counts_mutex_);
   copy_to_results();  // for what is not reached, should this be cut short
   next_range_ = Range::normal;
+  restored_ = false;
   Mailbox* mailbox = center_->mailbox();
   PullTransfer pull(*this, theta, with_anchor);
   try {
     if (mailbox) mailbox->begin(pull);
     for (const auto& shard : center_->shards()) {
       for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
-        const Shard::Block block = shard->lock(b);
+        const Shard::Block block = shard->lock(b, center_->epoch(), !with_anchor);
         const Range range = copy_block(b, block.data(), shard->slot_stride(), theta, with_anchor, past_cache_);
         if (with_anchor) received(b, block.version(), false, false, range);
       }
     }
     if (mailbox) mailbox->wait(pull);
+    check_restored();
   } catch (...) {
     if (mailbox) mailbox->cancel(pull);
     throw;
@@ -444,6 +449,10 @@ void Client::copy_all(bool theta, bool with_anchor) {
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   if (with_anchor) anchor_range_ = next_range_;
   stats_.bytes += push_bytes_;
+}
+
+void Client::check_restored() const {
+  if (restored_) check_epoch(center_->epoch() + 1, center_->epoch(), center_->rank());
 }
 
 void Client::pull() {
@@ -474,9 +483,19 @@ void Client::peek() {
 // ---- state
 
 void Client::read_anchor(std::size_t segment, void* values) const {
-  const auto guard = enter_grounded("read_anchor()");
+  const auto guard = enter();
   const Buffer& buffer = buffers_.at(segment);
+  if (flight_.valid()) flight_.wait();
   std::memcpy(values, anchor_.get() + offset_[segment], buffer.count * item_size(buffer.dtype));
+}
+
+void Client::read_snapshot(std::size_t segment, void* values) const {
+  const auto guard = enter();
+  HVD_AGN_EXPECTS(flight_.valid(), UsageError, "[rank ", center_->rank(), "] read_snapshot() without start().");
+  flight_.wait();
+  const Buffer& buffer = buffers_.at(segment);
+  const bool merged = !options_.gradients || active_[segment];
+  std::memcpy(values, (merged ? snapshot_ : anchor_).get() + offset_[segment], buffer.count * item_size(buffer.dtype));
 }
 
 void Client::write_anchor(std::size_t segment, const void* values) {
@@ -485,6 +504,19 @@ void Client::write_anchor(std::size_t segment, const void* values) {
   std::memcpy(anchor_.get() + offset_[segment], values, buffer.count * item_size(buffer.dtype));
   anchor_range_ = std::max(anchor_range_, kernels().scan(buffer.dtype, values, buffer.count));
   std::fill(whole_.begin(), whole_.end(), std::uint8_t{1});  // the hosts know another anchor
+}
+
+std::vector<std::uint64_t> Client::versions() const {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  return seen_;
+}
+
+void Client::set_versions(const std::vector<std::uint64_t>& versions) {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  if (versions.size() == seen_.size())
+    seen_ = versions;
+  else if (!versions.empty())
+    std::fill(seen_.begin(), seen_.end(), *std::max_element(versions.begin(), versions.end()));
 }
 
 bool Client::owes() const {

@@ -99,9 +99,13 @@ class Client {
   /// Buffers become the center; the anchor stays.
   void peek();
 
-  /// Copies the anchor of a segment, in the buffer's dtype, to or from `values`.
+  /// Copies the anchor of a segment, in the buffer's dtype, to or from `values`. Reading waits for start()'s exchange
+  /// to end.
   void read_anchor(std::size_t segment, void* values) const;
   void write_anchor(std::size_t segment, const void* values);
+  /// With overlap, between start() and finish(): waits for the exchange to end; then what finish() will take from the
+  /// anchor, and add the rest to the buffer.
+  void read_snapshot(std::size_t segment, void* values) const;
 
   /// Waits for a call that is under way; every later one throws UsageError. The buffers may then go. In a forked child,
   /// nothing.
@@ -114,6 +118,9 @@ class Client {
   /// Steps and pushes so far, for a rule that counts by worker.
   double power() const { return power_; }
   void set_power(double power) { power_ = power; }
+  /// Versions of the blocks as last pulled. Setting fewer or more sets them all to the largest.
+  std::vector<std::uint64_t> versions() const;
+  void set_versions(const std::vector<std::uint64_t>& versions);
   const std::vector<Buffer>& buffers() const { return buffers_; }
   /// Memory beyond the buffers, in bytes: the anchor, what overlap and wire need, and bookkeeping.
   std::size_t extra_bytes() const;
@@ -130,6 +137,7 @@ class Client {
   std::byte* target(const Layout::Part& part) const;
   void settle_results();
   void copy_to_results();
+  void check_restored() const;
   std::size_t first_block(std::size_t begin, std::size_t end) const;
   bool finite_block(std::size_t block, std::size_t* segment) const;
   std::size_t find_nonfinite() const;
@@ -216,6 +224,7 @@ class Client {
   std::unique_ptr<std::byte[]> residual_before_;  // the same before the push under way, whose function may fail
   std::vector<std::byte> rounded_;                // one block, on its way to the wire
   std::atomic<bool> owes_{false};                 // set in the background too
+  std::atomic<bool> restored_{false};             // a host has answered that the center was set to a checkpoint
   std::vector<std::uint8_t> whole_;               // the host cannot send this block as a difference
 
   mutable std::mutex counts_mutex_;     // of all below: this thread's and the mailbox's

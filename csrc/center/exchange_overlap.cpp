@@ -34,6 +34,7 @@ void Client::start(double steps, double lr) {
 std::size_t Client::fly(double steps, double lr) {
   try {
     const std::size_t refused = exchange_all(steps, false, lr);
+    if (refused != kAccepted) std::memcpy(snapshot_.get(), anchor_.get(), anchor_bytes_);  // nothing to be merged
     landed_ = true;
     return refused;
   } catch (...) {

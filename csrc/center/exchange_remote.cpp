@@ -21,6 +21,7 @@ void Client::ask(Message& head) const {
     others |= dtype != DType::f16 && dtype != DType::bf16;
   }
   head.client = leave_.id;
+  head.epoch = center_->epoch();
   head.mirrored = center_->rule().gap_aware;
   if (!others && halves[0] != halves[1]) {
     head.half_values = true;
@@ -93,6 +94,7 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
 void Client::PullTransfer::request(Message& head, std::byte*) {
   head.kind = Message::Kind::pull;
   client_.ask(head);
+  head.looks = !anchor_;
   head.mirrored &= anchor_;  // the host is to remember it only if it becomes the anchor
   if (head.half_values) return;
   head.answer_wire = Wire::center;  // all of it: the worker may be anywhere
@@ -140,14 +142,16 @@ Range Client::take(const Message& head, const std::byte* payload, bool theta, bo
 }
 
 void Client::PushTransfer::answer(const Message& head, const std::byte* payload) {
-  if (head.failed) {  // nothing was pushed: it is still in the arrays, or in the sums
+  if (head.failed || head.restored) {  // nothing was pushed: it is still in the arrays, or in the sums
     if (client_.residual_before_) {
       std::byte* residual = client_.residual(head.block);
       std::memcpy(residual, client_.residual_before_.get() + (residual - client_.residual_.get()),
                   client_.center_->layout().block_bytes());
     }
     const std::lock_guard<std::mutex> lock(client_.counts_mutex_);
-    if (client_.failure_.empty())
+    if (head.restored)
+      client_.restored_ = true;
+    else if (client_.failure_.empty())
       client_.failure_ = concat("at the host of block ", head.block, ", ",
                                 std::string(reinterpret_cast<const char*>(payload), head.payload_bytes));
     client_.progress_[head.block] = Progress::untouched;
@@ -159,6 +163,10 @@ void Client::PushTransfer::answer(const Message& head, const std::byte* payload)
 }
 
 void Client::PullTransfer::answer(const Message& head, const std::byte* payload) {
+  if (head.restored) {
+    client_.restored_ = true;
+    return;
+  }
   const Range range = client_.take(head, payload, theta_, anchor_);
   if (anchor_) client_.received(head.block, head.version, false, false, range);
 }

@@ -382,10 +382,8 @@ bool Mailbox::serve_one(Peer& worker) {
     at(Phase::answer, worker.rank, message->block);
     if (!responder_->respond(worker.index, *message, payload_of(message))) {
       if (!worker.blocked) worker.blocked.emplace(StallLimits{limits_.warn, 0}, rank_);
-      worker.blocked->poll([&] {
-        return concat("cannot answer rank ", worker.rank, ": block ", message->block, " is locked by rank ",
-                      responder_->holder(message->block), ", which is stopped or starved");
-      });
+      worker.blocked->poll(
+          [&] { return concat("cannot answer rank ", worker.rank, ": ", responder_->blocked(*message)); });
       break;
     }
     worker.blocked.reset();

@@ -42,16 +42,19 @@ struct Message {
   std::uint64_t payload_bytes = 0;  // behind this head
   double lr = 0, power = 0;         // push: as in Push
   std::uint32_t client = 0;         // of the worker's process
+  std::uint32_t epoch = 0;          // that the worker works in; write: to begin
   Kind kind = Kind::pull;
   Wire wire = Wire::center;         // of the payload
   Wire answer_wire = Wire::center;  // of the answer; with `difference`, of the block less what the client has of it
   bool half_values = false;         // answer: the block itself in the half type `answer_wire`
   bool difference = false;
-  bool mirrored = false;           // the host is to remember what this client has of the block
-  bool refused = false;            // answer: the rule overflowed, the block stayed as it was
-  bool failed = false;             // answer: the rule's function failed, the block stayed; payload: why
-  bool masked = false;             // push: a bit for each part follows; only parts whose bit is set are pushed
-  std::uint8_t reserved[11] = {};  // a window's base is aligned to 8 bytes only
+  bool mirrored = false;          // the host is to remember what this client has of the block
+  bool refused = false;           // answer: the rule overflowed, the block stayed as it was
+  bool failed = false;            // answer: the rule's function failed, the block stayed; payload: why
+  bool masked = false;            // push: a bit for each part follows; only parts whose bit is set are pushed
+  bool looks = false;             // pull, read: a later epoch will do
+  bool restored = false;          // answer: the block is in a later epoch, nothing was done
+  std::uint8_t reserved[5] = {};  // a window's base is aligned to 8 bytes only
 };
 static_assert(sizeof(Message) == 64);
 
@@ -76,8 +79,8 @@ class Responder {
   virtual ~Responder() = default;
   /// In place. False: the block is locked by another; ask again.
   virtual bool respond(int worker, Message& head, std::byte* payload) = 0;
-  /// Who holds the block's lock, for messages.
-  virtual int holder(std::size_t block) const = 0;
+  /// Why not, for messages.
+  virtual std::string blocked(const Message& head) const = 0;
 };
 
 class Mailbox {

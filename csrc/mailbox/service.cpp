@@ -63,6 +63,12 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
   try {
     auto block = shard_->try_lock(head.block);
     if (!block) return false;
+    if (head.kind != Kind::write && block->epoch() < head.epoch) return false;
+    if (head.kind != Kind::write && block->epoch() > head.epoch && !head.looks) {
+      head.restored = true;
+      head.payload_bytes = 0;
+      return true;
+    }
     switch (head.kind) {
       case Kind::push:
         if (head.wire != Wire::center)
@@ -83,7 +89,7 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
         return true;
       case Kind::write:
         std::memcpy(block->spare(), payload, shard_->stride());
-        block->commit(head.version);
+        block->restore(head.version, head.epoch);
         head.payload_bytes = 0;
         return true;
       case Kind::version:
@@ -100,6 +106,12 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
   }
   encode(worker, head, values, payload);
   return true;
+}
+
+std::string Service::blocked(const Message& head) const {
+  if (shard_->epoch(head.block) < head.epoch) return concat("it ", kAwaitsRestore);
+  return concat("block ", head.block, " is locked by rank ", shard_->holder(head.block),
+                ", which is stopped or starved");
 }
 
 void Service::push(int worker, Shard::Block& block, Message& head, std::byte* values, const std::byte* mask) {

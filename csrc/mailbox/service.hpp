@@ -17,7 +17,7 @@ class Service : public Responder {
   Service(std::unique_ptr<Shard> shard, const Layout& layout, const Rule& rule);
 
   bool respond(int worker, Message& head, std::byte* payload) override;
-  int holder(std::size_t block) const override { return shard_->holder(block); }
+  std::string blocked(const Message& head) const override;
 
  private:
   /// The shard's values as a client has them; answers with `difference` tell it what has changed since.

@@ -28,6 +28,11 @@ struct RuleError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// The center was set to a checkpoint that this rank has not loaded.
+struct RestoredError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// The arguments in their text form, one after another.
 template <class... Args>
 std::string concat(const Args&... args) {

@@ -124,12 +124,14 @@ nb::dict stats_dict(const Client& client) {
 
 /// The core's exceptions become those of hvd_agn/errors.py.
 void use_python_errors() {
-  static PyObject *mpi_error, *stall_error, *usage_error, *rule_error;  // translators live as long as the process
+  // Translators live as long as the process.
+  static PyObject *mpi_error, *stall_error, *usage_error, *rule_error, *restored_error;
   const nb::module_ errors = nb::module_::import_("hvd_agn.errors");
   mpi_error = errors.attr("MPIError").inc_ref().ptr();
   stall_error = errors.attr("StallError").inc_ref().ptr();
   usage_error = errors.attr("UsageError").inc_ref().ptr();
   rule_error = errors.attr("RuleError").inc_ref().ptr();
+  restored_error = errors.attr("RestoredError").inc_ref().ptr();
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
     try {
       std::rethrow_exception(thrown);
@@ -141,6 +143,8 @@ void use_python_errors() {
       PyErr_SetString(usage_error, error.what());
     } catch (const RuleError& error) {
       PyErr_SetString(rule_error, error.what());
+    } catch (const RestoredError& error) {
+      PyErr_SetString(restored_error, error.what());
     }
   });
 }
@@ -272,6 +276,7 @@ void bind_center(nb::module_& m) {
             self.write(from, version);
           },
           "planes"_a, "version"_a)
+      .def_prop_rw("epoch", &Center::epoch, &Center::set_epoch)
       .def("version", &Center::version, Release())
       .def_prop_ro("recoveries", &Center::recoveries)
       .def("detach", &Center::detach, Release())
@@ -344,6 +349,12 @@ void bind_client(nb::module_& m) {
           },
           "index"_a, "values"_a, Release())
       .def(
+          "read_snapshot",
+          [](const Client& self, std::size_t index, const Buffer& values) {
+            self.read_snapshot(index, anchor_values(self, index, values));
+          },
+          "index"_a, "values"_a, Release())
+      .def(
           "write_anchor",
           [](Client& self, std::size_t index, const Buffer& values) {
             self.write_anchor(index, anchor_values(self, index, values));
@@ -353,6 +364,7 @@ void bind_client(nb::module_& m) {
       .def("stats", &stats_dict)
       .def_prop_ro("blocks_refused", &Client::blocks_refused)
       .def_prop_ro("latest_version", &Client::latest_version)
+      .def_prop_rw("versions", &Client::versions, &Client::set_versions)
       .def_prop_rw("power", &Client::power, &Client::set_power)
       .def_prop_ro("extra_bytes", &Client::extra_bytes);
 }

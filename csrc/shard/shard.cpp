@@ -9,13 +9,15 @@
 #include <cstring>
 #include <ctime>
 #include <new>
+#include <thread>
 
 namespace hvd_agn {
 
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr int kIndexBits = 24;  // of a block's state; the other 40 are its version
+constexpr auto kLook = std::chrono::milliseconds(1);  // at a block that is to be set to a checkpoint
+constexpr int kIndexBits = 24;                        // of a block's state; the other 40 are its version
 constexpr std::uint64_t kIndexMask = (std::uint64_t{1} << kIndexBits) - 1;
 
 std::atomic<Stage> signal_stage{Stage::none};
@@ -50,6 +52,7 @@ struct alignas(64) Shard::BlockHeader {
   pthread_mutex_t mutex;
   std::atomic<std::uint64_t> state;  // version << kIndexBits | physical block
   std::atomic<int> holder;           // rank, for messages
+  std::atomic<std::uint32_t> epoch;
 };
 
 // ---- memory
@@ -152,6 +155,16 @@ void Shard::Block::commit(std::uint64_t version) {
   shard_->spare_ = old;
 }
 
+std::uint32_t Shard::Block::epoch() const {
+  return shard_->epoch(index_);
+}
+
+void Shard::Block::restore(std::uint64_t version, std::uint32_t epoch) {
+  commit(version);
+  // Last: should this process die between, those of the new epoch go on waiting, and take no old value for a new one.
+  shard_->header(index_).epoch.store(epoch, std::memory_order_relaxed);
+}
+
 // ---- locks
 
 Shard::Block Shard::locked(std::size_t block, int code) {
@@ -192,8 +205,30 @@ Shard::Block Shard::lock(std::size_t block) {
   }
 }
 
+Shard::Block Shard::lock(std::size_t block, std::uint32_t epoch, bool looks) {
+  StallWatch watch(limits_, rank_);
+  for (;;) {
+    {
+      Block found = lock(block);
+      if (!looks) check_epoch(found.epoch(), epoch, rank_);
+      if (found.epoch() >= epoch) return found;
+    }
+    std::this_thread::sleep_for(kLook);
+    watch.poll([] { return kAwaitsRestore; });
+  }
+}
+
+void check_epoch(std::uint32_t found, std::uint32_t own, int rank) {
+  HVD_AGN_EXPECTS(found <= own, RestoredError, "[rank ", rank,
+                  "] rank 0 has set the center to a checkpoint that this rank has not loaded. Load it on every rank.");
+}
+
 int Shard::holder(std::size_t block) const {
   return header(block).holder.load(std::memory_order_relaxed);
+}
+
+std::uint32_t Shard::epoch(std::size_t block) const {
+  return header(block).epoch.load(std::memory_order_relaxed);
 }
 
 // ---- counts

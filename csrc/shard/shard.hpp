@@ -2,10 +2,13 @@
 // its lock, and replaced by one atomic store, so that whoever dies while holding it leaves it whole.
 //
 // Memory, all of it the host's:
-//   BlockHeader[blocks]            lock; which physical block holds the values; version
+//   BlockHeader[blocks]            lock; which physical block holds the values; version; epoch
 //   physical block[blocks + users] center values, then one array of the same size per slot of the rule
 // Every user owns one spare physical block. An update writes the new values there and commits by storing the spare's
 // number and the next version in the header; the block that held the old values, still in cache, is the next spare.
+//
+// An epoch begins when the center is set to a checkpoint, block by block. Whoever works in another epoch than a block
+// must not push to it: his delta belongs to a past that is no more, or the block does.
 #pragma once
 
 #include <pthread.h>
@@ -41,6 +44,10 @@ class Shard {
     /// The spare's content becomes the block's, as this version. At most once; nothing else of the block may be read
     /// after it.
     void commit(std::uint64_t version);
+    /// Times that the block was set to a checkpoint.
+    std::uint32_t epoch() const;
+    /// commit(), and a new epoch begins.
+    void restore(std::uint64_t version, std::uint32_t epoch);
 
    private:
     friend class Shard;
@@ -71,10 +78,15 @@ class Shard {
 
   /// Waits for the lock, asleep, as the stall limits allow. UsageError in a forked child.
   Block lock(std::size_t block);
+  /// For who works in this epoch: waits also, asleep, until the block has come to it. In a later one RestoredError, or,
+  /// for who only looks, the block.
+  Block lock(std::size_t block, std::uint32_t epoch, bool looks = false);
   /// Empty if another holds the lock.
   std::optional<Block> try_lock(std::size_t block);
   /// Rank that holds the block's lock, or held it last; for messages.
   int holder(std::size_t block) const;
+
+  std::uint32_t epoch(std::size_t block) const;
 
   /// Pushes that every block has had; UINT64_MAX if there is no block.
   std::uint64_t version() const;
@@ -109,6 +121,13 @@ class Shard {
   std::mutex spare_mutex_;  // several clients of one process share its spare
   bool attached_ = true;
 };
+
+/// RestoredError if what works in epoch `own` has found a later one.
+void check_epoch(std::uint32_t found, std::uint32_t own, int rank);
+/// What who works in a later epoch than a block waits for.
+inline constexpr const char* kAwaitsRestore =
+    "waits for rank 0 to load the checkpoint that this rank has loaded: load_state_dict(), or the loading of a Keras "
+    "model, is for every rank";
 
 /// Asks for large pages, before the first write: fewer misses of the address cache in a pass. It is only a wish.
 void use_huge_pages(void* data, std::size_t bytes);

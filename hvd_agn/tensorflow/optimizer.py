@@ -301,9 +301,9 @@ class AGNOptimizer(Wrapper):
     # ---- files
 
     def save_own_variables(self, store: Any) -> None:
-        """This worker's counters and anchor, and on rank 0 the center. Keras finds the wrapped optimizer by itself.
+        """This worker's counters and anchor, and the center. Keras finds the wrapped optimizer by itself.
 
-        Not collective. With ``overlap`` this ends the exchange under way.
+        Not collective. With ``overlap`` it waits for the exchange under way, but merges nothing.
         """
         store[_STATE_KEY] = np.frombuffer(self._files.serialize(), np.uint8)
 
@@ -311,8 +311,8 @@ class AGNOptimizer(Wrapper):
         """What :meth:`save_own_variables` saved, or else the wrapped optimizer's own file. Not collective.
 
         Before there is a center: it will begin as rank 0's file has it, and so will a worker whose file is of its own
-        rank among as many; the others take the center over. Later: the center stays as it is (``center.load`` is for
-        that), and a worker to whom the file does not belong takes it over.
+        rank among as many; the others take the center over. Later: as ``load_state_dict`` of the torch optimizer, every
+        rank loads, each for itself; rank 0 sets the center to the one in its file.
 
         Raises:
             CheckpointError: the file is damaged, or of other variables.
@@ -321,6 +321,7 @@ class AGNOptimizer(Wrapper):
             self._files.load(np.asarray(store[_STATE_KEY]).tobytes())
         elif len(store.keys()) > 0:
             self.load_of_wrapped(store)
+            self._files.load_nothing()
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, with which :meth:`from_config` makes the same; but not ``comm``, which no file can hold.

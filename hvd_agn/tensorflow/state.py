@@ -1,4 +1,4 @@
-"""What of an AGNOptimizer goes into files: where its worker is in its period, on rank 0 the center, and the rule.
+"""What of an AGNOptimizer goes into files: where its worker is in its period, the center, and the rule.
 
 Keras' files hold the state as an array of bytes, TensorFlow's checkpoints as a string; the bytes are safetensors.
 Arrays have numbers, not names: Keras makes names up, and others for a second model of the same process.
@@ -6,7 +6,8 @@ Arrays have numbers, not names: Keras makes names up, and others for a second mo
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from .. import rules
-from ..checkpoint import Resume
+from ..checkpoint import Resume, WorkerState
 from ..errors import CheckpointError, ConfigError
 from ..worker import Settings, Worker
 from .variables import Variables
@@ -24,12 +25,13 @@ _FORMAT = "hvd_agn worker 1"
 
 
 class State:
-    """A worker, and on rank 0 the center, as they were.
+    """A worker and a center, as they were.
 
     Args:
-        facts: ``worker``: its counters; ``gradients``: whether it pushes them; ``center``: version, rule, slots. Each
-            may be missing.
-        tensors: ``anchor/0`` ..., ``sum/0`` ... of gradients, ``value/0`` ..., ``center/0`` ..., ``slot/<slot>/0`` ...
+        facts: ``worker``: its counters; ``gradients``: whether it pushes them; ``center``: version, rule, slots,
+            identity. Each may be missing.
+        tensors: ``anchor/0`` ..., ``snapshot/0`` ..., ``sum/0`` ... of gradients, ``center/0`` ...,
+            ``slot/<slot>/0`` ...
     """
 
     def __init__(self, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -38,25 +40,25 @@ class State:
 
     @classmethod
     def of(cls, worker: Worker[Variables]) -> "State":
-        """That of a worker now, whose updates since the exchange are counted. Ends an exchange in the background.
+        """That of a worker now, whose updates since the exchange are counted.
 
         While the variables show the center's values, only the center is saved: the model's file has its values.
         """
         tensors: dict[str, np.ndarray] = {}
         facts: dict[str, Any] = {}
         if not worker.viewing_center:
-            if worker.client.started:  # the file may have the values of before already
-                worker.land()
-                tensors |= _numbered("value", [variable.numpy() for variable in worker.arrays.exchanged])
-            facts["worker"], facts["gradients"] = worker.counters(), worker.settings.gradients
-            tensors |= _numbered("anchor", worker.arrays.anchor(worker.client))
-            tensors |= _numbered("sum", worker.arrays.sums, worker.client.touched)
-        if worker.center.rank == 0:
-            center, slots, version = worker.center._read()
-            facts["center"] = {"version": version, "rule": repr(worker.center.rule), "slots": list(slots)}
-            tensors |= _numbered("center", list(center.values()))
-            for slot, arrays in slots.items():
-                tensors |= _numbered(f"slot/{slot}", list(arrays.values()))
+            state = worker.state()
+            facts["worker"], facts["gradients"] = state.counters, state.sums is not None
+            tensors |= _numbered("anchor", state.anchor) | _numbered("snapshot", state.snapshot or [])
+            tensors |= _numbered("sum", state.sums or [])
+        center = worker.center.resume()
+        facts["center"] = {
+            **{"version": center.version, "rule": center.rule, "identity": center.identity},
+            "slots": list(center.slots),
+        }
+        tensors |= _numbered("center", center.center)
+        for slot, arrays in center.slots.items():
+            tensors |= _numbered(f"slot/{slot}", arrays)
         return cls(facts, tensors)
 
     def to_bytes(self) -> bytes:
@@ -89,7 +91,19 @@ class State:
         if center is None:
             return None
         slots = {slot: self._group(f"slot/{slot}") for slot in center["slots"]}
-        return Resume(self._group("center"), slots, center["version"], center["rule"])
+        identity = center.get("identity") or secrets.randbits(63)  # of files from before there was one
+        return Resume(self._group("center"), slots, center["version"], center["rule"], identity)
+
+    @property
+    def worker(self) -> WorkerState | None:
+        """The worker; None if the file has none."""
+        counters = self._facts.get("worker")
+        if counters is None:
+            return None
+        anchor, snapshot, sums = self._group("anchor"), self._group("snapshot"), None
+        if self._facts["gradients"]:
+            sums = [self._tensors.get(f"sum/{i}") for i in range(len(anchor))]
+        return WorkerState(counters, anchor, snapshot or None, sums)
 
     def _group(self, name: str) -> list[np.ndarray]:
         return [
@@ -108,27 +122,9 @@ class State:
             name, here, there = next(each for each in padded if each[1] != each[2])
             raise CheckpointError(f"{name!r} is {here} here and {there} in the file. Load it into the same model.")
 
-    def belongs_to(self, worker: Worker[Variables]) -> bool:
-        """Whether it is this worker's: of its rank, among as many, that pushes the same."""
-        counters = self._facts.get("worker")
-        return counters is not None and worker.owns(counters) and self._facts["gradients"] == worker.settings.gradients
 
-    def restore(self, worker: Worker[Variables]) -> None:
-        """Make the worker what it was; it is its own state."""
-        worker.restore(self._facts["worker"])
-        worker.arrays.set_anchor(worker.client, self._group("anchor"))
-        if worker.arrays.sums:
-            touched = [f"sum/{i}" in self._tensors for i in range(len(worker.arrays.sums))]
-            for i, sums in enumerate(worker.arrays.sums):
-                if touched[i]:
-                    sums[...] = self._tensors[f"sum/{i}"]
-            worker.client.touch(touched)
-        for variable, value in zip(worker.arrays.exchanged, self._group("value"), strict=False):
-            variable.assign(value.astype(variable.dtype.as_numpy_dtype))
-
-
-def _numbered(name: str, arrays: list[np.ndarray], chosen: list[bool] | None = None) -> dict[str, np.ndarray]:
-    return {f"{name}/{i}": array for i, array in enumerate(arrays) if chosen is None or chosen[i]}
+def _numbered(name: str, arrays: Sequence[Any]) -> dict[str, np.ndarray]:
+    return {f"{name}/{i}": array for i, array in enumerate(arrays) if array is not None}
 
 
 def _as_numpy_has_it(array: np.ndarray) -> np.ndarray:
@@ -160,13 +156,16 @@ class Files(tf.train.experimental.PythonState):
 
     def resume(self, worker: Worker[Variables]) -> bool:
         """Whether a worker that has been made, with its center, is the one that waits."""
-        return self._waiting is not None and worker.center.resumed and self._waiting.belongs_to(worker)
+        return self._waiting is not None and worker.center.resumed and worker.owns(self._waiting.worker)
 
     def begin(self, worker: Worker[Variables], since: Any) -> None:
         """The worker is there; what waits for it is restored. ``since``: its updates since the last exchange."""
         self._worker, self._since = worker, since
         if self._waiting is not None and self.resume(worker):
-            self._restore(self._waiting)
+            own = self._waiting.worker
+            assert own is not None
+            worker.restore(own)
+            since.assign(worker.steps_since_exchange)
         self._waiting = None
 
     def serialize(self) -> bytes:
@@ -179,40 +178,39 @@ class Files(tf.train.experimental.PythonState):
 
     def load(self, data: bytes) -> None:
         """From Keras' file, which has set the variables before."""
-        self._load(State.from_bytes(data), Worker.pull)
+        self._load(State.from_bytes(data))
+
+    def load_nothing(self) -> None:
+        """What was loaded was saved without a center."""
+        self._load(State({}, {}))
 
     def deserialize(self, string_value: bytes) -> None:
         """From TensorFlow's checkpoint, which sets the variables after this."""
-        self._load(State.from_bytes(string_value), _refuse_another)
+        state, worker = State.from_bytes(string_value), self._worker
+        if worker is not None and not worker.center.closed and not worker.owns(state.worker):
+            raise CheckpointError(
+                f"{worker.center.label}: the checkpoint has another rank's state, or one of another number of ranks. "
+                "Restore it before start() and the first step: then this rank takes the center over."
+            )
+        self._load(state, merge=False)
 
-    def _load(self, state: State, of_another: Callable[[Worker[Variables]], None]) -> None:
+    def _load(self, state: State, *, merge: bool = True) -> None:
         worker = self._worker
         if worker is None:
             self._waiting = state
             return
         if worker.center.closed:
             return
-        worker.before_load()
         try:
             state.check(worker.arrays)
         except CheckpointError as error:
             raise CheckpointError(f"{worker.center.label}: {error}") from None
-        if state.belongs_to(worker):
-            self._restore(state)
-        else:
-            of_another(worker)
-
-    def _restore(self, state: State) -> None:
-        assert self._worker is not None
-        state.restore(self._worker)
-        self._since.assign(self._worker.steps_since_exchange)
-
-
-def _refuse_another(worker: Worker[Variables]) -> None:
-    raise CheckpointError(
-        f"{worker.center.label}: the checkpoint has another rank's state, or one of another number of ranks. Restore "
-        "it before start() and the first step: then this rank takes the center over."
-    )
+        worker.check_state(state.center)
+        own = state.worker
+        if own is not None and own.snapshot is not None and not merge:  # it counts from there what was not pushed
+            own = own._replace(anchor=own.snapshot, snapshot=None)
+        worker.load(own, state.center)
+        self._since.assign(worker.steps_since_exchange)
 
 
 # ---- a configuration

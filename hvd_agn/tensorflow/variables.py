@@ -1,6 +1,6 @@
 """The variables of a Keras optimizer as a center sees them: which take part, and under which names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -52,6 +52,10 @@ class Variables:
         assert self._start is not None
         return self._start
 
+    def ids(self) -> set[int]:
+        """Identities of the variables that take part."""
+        return {id(value) for value in self.exchanged}
+
     def settle(self, client: Client) -> None:
         """Set the variables to what the center has made of the copies; from now on ops bring them."""
         assert self._start is not None
@@ -66,15 +70,47 @@ class Variables:
 
     def anchor(self, client: Client) -> list[np.ndarray]:
         """A copy of the anchor of each."""
-        anchor = [np.empty(variable.shape, variable.dtype.as_numpy_dtype) for variable in self.exchanged]
-        for i, values in enumerate(anchor):
-            client.read_anchor(i, values)
-        return anchor
+        return self._copies(client.read_anchor)
+
+    def snapshot(self, client: Client) -> list[np.ndarray]:
+        """A copy of what an exchange in the background has pushed of each."""
+        return self._copies(client.read_snapshot)
+
+    def _copies(self, read: Callable[[int, np.ndarray], None]) -> list[np.ndarray]:
+        copies = [np.empty(variable.shape, variable.dtype.as_numpy_dtype) for variable in self.exchanged]
+        for i, values in enumerate(copies):
+            read(i, values)
+        return copies
+
+    def merge(self, anchor: Sequence[np.ndarray], snapshot: Sequence[np.ndarray]) -> None:
+        """Add the difference to each."""
+        for variable, center, pushed in zip(self.exchanged, anchor, snapshot, strict=True):
+            variable.assign_add((center - pushed).astype(variable.dtype.as_numpy_dtype))
 
     def set_anchor(self, client: Client, anchor: Sequence[np.ndarray]) -> None:
         """Set the anchor of each."""
         for i, (variable, values) in enumerate(zip(self.exchanged, anchor, strict=True)):
             client.write_anchor(i, np.array(values, variable.dtype.as_numpy_dtype, order="C"))
+
+    def values(self) -> list[np.ndarray]:
+        """Copies of their values."""
+        return [np.array(variable.numpy(), order="C") for variable in self.exchanged]
+
+    def assign(self, values: Sequence[Any]) -> None:
+        """Set them to arrays of their shapes."""
+        for variable, value in zip(self.exchanged, values, strict=True):
+            variable.assign(value.astype(variable.dtype.as_numpy_dtype))
+
+    def accumulated(self, client: Client) -> list[np.ndarray | None]:
+        """A copy of the sum of gradients of each; None where there has been none."""
+        return [sums.copy() if touched else None for sums, touched in zip(self.sums, client.touched, strict=True)]
+
+    def set_accumulated(self, client: Client, sums: Sequence[np.ndarray | None]) -> None:
+        """Set them to what :meth:`accumulated` returned."""
+        for own, values in zip(self.sums, sums, strict=True):
+            if values is not None:
+                own[...] = values
+        client.touch([values is not None for values in sums])
 
     def read(self, client: Client) -> None:
         """Nothing: the op that calls has brought them."""

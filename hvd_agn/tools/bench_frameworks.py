@@ -163,8 +163,9 @@ def torch_steps(params: int) -> list[dict[str, Any]]:
         inner: Any = kind(parameters, lr=1e-3)
         repeats = max(1, 1_000_000 // (size * tensors) // 20)
         row = {"framework": "torch", "optimizer": kind.__name__, "params": tensors * size, "variables": tensors}
+        bare = inner.step  # before the wrapper's stands in for it
         with AGNOptimizer(inner, NEVER) as wrapped:
-            row |= _in_turn(inner.step, wrapped.step, repeats, MANY_ROUNDS if kind is torch.optim.SGD else ROUNDS)
+            row |= _in_turn(bare, wrapped.step, repeats, MANY_ROUNDS if kind is torch.optim.SGD else ROUNDS)
             if tensors > 1:
                 exchanges = [_exchange_seconds(wrapped._worker) for _ in range(200)]
                 row["exchange_ms"] = 1e3 * statistics.median(exchanges)
@@ -173,9 +174,9 @@ def torch_steps(params: int) -> list[dict[str, Any]]:
     parameter = torch.nn.Parameter(torch.zeros(params))
     parameter.grad = gradient
     with AGNOptimizer(torch.optim.SGD([parameter], lr=1e-3), NEVER, accumulate="gradients") as wrapped:
-        bare = functools.partial(torch._foreach_add_, [torch.zeros(params)], [gradient])
+        add: Any = functools.partial(torch._foreach_add_, [torch.zeros(params)], [gradient])
         row = {"framework": "torch", "optimizer": "accumulate", "params": params, "variables": 1}
-        rows.append(row | _in_turn(bare, wrapped._accumulate, 1))
+        rows.append(row | _in_turn(add, wrapped._steps.accumulate, 1))
     return rows
 
 

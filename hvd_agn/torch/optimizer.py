@@ -3,8 +3,7 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,16 @@ import torch
 
 from .. import config, rules
 from ..client import Stats
-from ..errors import CheckpointError, LayoutError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..worker import Settings, Worker
+from . import state
 from .parameters import Parameters
+from .steps import Steps
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["AGNOptimizer"]
-
-_STATE_KEY = "hvd_agn"
 
 
 class AGNOptimizer(torch.optim.Optimizer):
@@ -104,12 +103,17 @@ class AGNOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         """The wrapped optimizer."""
         self._worker = Worker(
-            settings, optimizer, lambda: Parameters(optimizer, named_parameters), lambda: _learning_rates(optimizer)
+            settings,
+            optimizer,
+            lambda: Parameters(optimizer, named_parameters),
+            lambda: _learning_rates(optimizer),
+            closed=self._closed,
         )
         self.center = self._worker.center
         """The :class:`hvd_agn.Center`: save, load, snapshot."""
-        sums = self._worker.client.accumulators() if settings.gradients else []
-        self._sums = [torch.from_numpy(each) for each in sums]
+        if settings.gradients:
+            self._worker.arrays.sums = [torch.from_numpy(each) for each in self._worker.client.accumulators()]
+        self._steps = Steps(optimizer, self._worker)
 
     @property
     def communication_period(self) -> int:
@@ -123,19 +127,41 @@ class AGNOptimizer(torch.optim.Optimizer):
         """The wrapped optimizer's."""
         return self.optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The wrapped optimizer's."""
         return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped optimizer's."""
         return self.optimizer.defaults if "optimizer" in self.__dict__ else {}
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The wrapped optimizer's."""
-        self.optimizer.zero_grad(set_to_none)
+    def __getattr__(self, name: str) -> Any:
+        """What only the wrapped optimizer has: ``train()`` of a schedule-free one, ``first_step()`` of SAM."""
+        if name.startswith("_") or "optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What only the wrapped optimizer has is set there."""
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if own or "optimizer" not in self.__dict__ or not hasattr(self.optimizer, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.optimizer, name, value)
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The wrapped optimizer's, which takes what it takes."""
+        self.optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the center was laid out for the parameters that there were.
@@ -147,6 +173,16 @@ class AGNOptimizer(torch.optim.Optimizer):
             f"{self.center.label}: parameters cannot be added once the center exists, which all ranks share. Close "
             "this AGNOptimizer, add the group to the optimizer inside it, and wrap that again, on every rank."
         )
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """As of any optimizer; it is called before the wrapped optimizer's own."""
+        self._worker.careful = True
+        return super().register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """As of any optimizer; it is called after the exchange."""
+        self._worker.careful = True
+        return super().register_step_post_hook(hook)
 
     def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped optimizer's, as the next three are: its ``state_dict`` is the one that is called."""
@@ -170,11 +206,11 @@ class AGNOptimizer(torch.optim.Optimizer):
             "state_dict(), or copy the optimizer inside it."
         )
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """One local step, and at the end of a period an exchange, or with ``overlap`` the start of one.
 
         Args:
-            closure: handed to the wrapped optimizer.
+            args, kwargs: handed to the wrapped optimizer: a closure, and whatever its ``step()`` takes.
 
         Returns:
             What the wrapped optimizer returns.
@@ -186,40 +222,23 @@ class AGNOptimizer(torch.optim.Optimizer):
             LayoutError: a parameter has changed its shape, type or ties, or was added or unfrozen since the start.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
-        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
-            return self._step_with_hooks(closure)
-        update = self._step_and_accumulate if self._sums else self.optimizer.step  # here: a call more would show
-        return self._worker.step(update if closure is None else functools.partial(update, closure))
+        worker, steps = self._worker, self._steps
+        if worker.careful or kwargs or self.optimizer.step is not steps.stand_in:
+            hooked = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            return self._step_with_hooks(*args, **kwargs) if hooked else self._step(*args, **kwargs)
+        result = steps.bare(*args)  # here, as take() does it: a call more would show
+        worker.steps_since_exchange += 1
+        if worker.steps_since_exchange >= worker.period:
+            worker.perform("exchange")
+        return result
 
     step.hooked = True  # type: ignore[attr-defined]  # not by torch: profiled and hooked is the wrapped optimizer's step
 
-    @torch.optim.Optimizer.profile_hook_step
-    def _step_with_hooks(self, closure: Callable[[], float] | None) -> Any:
-        update = self._step_and_accumulate if self._sums else self.optimizer.step
-        return self._worker.step(update if closure is None else functools.partial(update, closure))
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        self._worker.check_open("step()")
+        return self.optimizer.step(*args, **kwargs)
 
-    def _step_and_accumulate(self, closure: Callable[[], float] | None = None) -> Any:
-        """With the gradients as they are before the wrapped optimizer works on them, of a closure's last call."""
-        if closure is None:
-            self._accumulate()
-            return self.optimizer.step()
-        kept: list[torch.Tensor | None] = []
-
-        def evaluate() -> float:
-            loss = closure()
-            kept[:] = [None if p.grad is None else p.grad.clone() for p in self._worker.arrays.sources()]
-            return loss
-
-        loss = self.optimizer.step(evaluate)
-        self._accumulate(kept)
-        return loss
-
-    def _accumulate(self, gradients: Sequence[torch.Tensor | None] | None = None) -> None:
-        try:
-            touched = self._worker.arrays.add_gradients(self._sums, gradients)
-        except LayoutError as error:
-            raise LayoutError(f"{self.center.label}: {error}") from None
-        self._worker.client.touch(touched)
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 
     # ---- exchange
 
@@ -273,7 +292,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         A second call does nothing. At exit it is called for you.
         """
         self._worker.close()
-        self._sums = []  # which keep the core's memory
+
+    def _closed(self) -> None:
+        self._steps.release()
+        self._worker.arrays.sums = []  # which keep the core's memory
 
     def __enter__(self) -> "AGNOptimizer":
         return self
@@ -284,66 +306,39 @@ class AGNOptimizer(torch.optim.Optimizer):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, with this worker's counters and anchor under ``"hvd_agn"``. Not collective.
+        """The wrapped optimizer's, with this worker's part and the center under ``"hvd_agn"``. Changes nothing.
 
-        The center is saved by ``opt.center.save(path)``. With ``overlap`` this ends the exchange under way, which
-        changes the parameters: call it, or :meth:`flush`, before the model is copied or the center saved.
+        Not collective. With the model's parameters it is a whole checkpoint. With ``overlap`` it waits for the exchange
+        under way, but merges nothing. On the CPU; takes two copies of the parameters, and one of the rule's slots.
         """
-        worker = self._worker
-        worker.check_open("state_dict()")
-        worker.land()
-        anchor = {}
-        for index, e in enumerate(worker.arrays.exchanged):
-            anchor[e.name] = torch.empty(e.shape, dtype=e.dtype)
-            worker.client.read_anchor(index, anchor[e.name])
-        own = {**worker.counters(), "anchor": anchor, **self._saved_sums()}
-        return {**self.optimizer.state_dict(), _STATE_KEY: own}
-
-    def _saved_sums(self) -> dict[str, Any]:
-        if not self._sums:
-            return {}
-        parts = zip(self._worker.arrays.exchanged, self._sums, self._worker.client.touched, strict=True)
-        return {"gradients": {e.name: sums.clone() for e, sums, touched in parts if touched}}
+        self._worker.check_open("state_dict()")
+        return state.add(self.optimizer.state_dict(), self._worker)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Restore what :meth:`state_dict` saved. Not collective.
+        """Restore what :meth:`state_dict` saved, after the model's parameters, as every rank does, each for itself.
 
-        Load the center first (``opt.center.load``, which pulls), then the model, then this. From another rank, or a run
-        with another number of ranks, the counters and the anchor say nothing about this worker: then the wrapped
-        optimizer is restored and the center pulled. A state dict of the wrapped optimizer alone is taken too.
+        Not collective: rank 0 sets the center to the one in its state dict, and the next exchanges of the others wait
+        for that. A rank that loads its own, among as many ranks, goes on with what it had not pushed. Other states, of
+        another rank or from another number of ranks: then the parameters become the saved center. A state dict of the
+        wrapped optimizer alone: then the center becomes rank 0's parameters as they are.
+
+        After ``opt.center.load`` of the same checkpoint the center is left as it is.
 
         Raises:
-            CheckpointError: the anchor is of other parameters; nothing was restored.
+            CheckpointError: the state is of other parameters, of a rule with other slots, or of another center than
+                the one that ``opt.center.load`` has just loaded; nothing was restored.
+            UsageError: after ``close()`` or inside ``center_weights()``.
         """
         worker = self._worker
+        inner, own = state.take_out(state_dict)
         worker.check_open("load_state_dict()")
-        worker.land()
-        inner = dict(state_dict)
-        own = inner.pop(_STATE_KEY, None)
-        if own is not None:
-            found = {name: (value.shape, value.dtype) for name, value in own["anchor"].items()}
-            expected = {e.name: (e.shape, e.dtype) for e in worker.arrays.exchanged}
-            for name in expected.keys() | found.keys():
-                if found.get(name) != expected.get(name):
-                    raise CheckpointError(
-                        f"{self.center.label}: parameter {name!r} is {expected.get(name)} here and {found.get(name)} "
-                        "in the state dict. Load it into the same model."
-                    )
+        try:
+            saved, center = (None, None) if own is None else state.read(own, worker.arrays)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.center.label}: {error}") from None
+        worker.check_state(center)
         self.optimizer.load_state_dict(inner)
-        if own is None:
-            return
-        if not worker.owns(own) or ("gradients" in own) != bool(self._sums):
-            worker.pull()
-            return
-        worker.restore(own)
-        if self._sums:
-            saved = [own["gradients"].get(e.name) for e in worker.arrays.exchanged]
-            for sums, value in zip(self._sums, saved, strict=True):
-                if value is not None:
-                    sums.copy_(value)
-            worker.client.touch([value is not None for value in saved])
-        for index, e in enumerate(worker.arrays.exchanged):
-            worker.client.write_anchor(index, own["anchor"][e.name].detach().cpu().contiguous())
+        worker.load(saved, center)
 
 
 def _learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -1,7 +1,7 @@
 """The parameters of an optimizer as a center sees them: which take part, where they are, and if that has changed."""
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Parameters:
     ) -> None:
         given = {id(parameter): name for name, parameter in named_parameters or ()}
         self.exchanged: list[Exchanged] = []
+        self.sums: list[torch.Tensor] = []
+        """Of their gradients, if these are pushed: on the CPU, of the parameters' shapes, float64 or float32."""
         self._tied: list[tuple[str, torch.Tensor, Exchanged]] = []  # to the storage of an exchanged one
         self._frozen: list[tuple[str, torch.Tensor]] = []
         self._optimizer = optimizer
@@ -74,16 +76,68 @@ class Parameters:
         """Name -> contiguous CPU tensor of each parameter that takes part."""
         return {e.name: e.tensor for e in self.exchanged}
 
+    def ids(self) -> set[int]:
+        """Identities of the parameters that take part."""
+        return {id(e.parameter) for e in self.exchanged}
+
     @torch.no_grad()
     def copy(self) -> list[torch.Tensor]:
         """Their values, to be put back."""
         return [e.parameter.detach().clone() for e in self.exchanged]
 
     @torch.no_grad()
-    def put_back(self, copy: list[torch.Tensor]) -> None:
+    def put_back(self, copy: Sequence[torch.Tensor]) -> None:
         """Set them to what :meth:`copy` returned."""
         for e, value in zip(self.exchanged, copy, strict=True):
             e.parameter.copy_(value)
+
+    def values(self) -> list[torch.Tensor]:
+        """Contiguous CPU tensors with their values, as of the last :meth:`read`."""
+        return [e.tensor for e in self.exchanged]
+
+    def assign(self, values: Sequence[Any]) -> None:
+        """Set them to arrays of their shapes."""
+        self.put_back([torch.as_tensor(value) for value in values])
+        with torch.inference_mode(False), torch.no_grad():
+            for e in self.exchanged:
+                if e.copied:
+                    e.tensor.copy_(e.parameter)
+
+    def anchor(self, client: Client) -> list[torch.Tensor]:
+        """A copy of the anchor of each, of its type, on the CPU."""
+        return self._copies(client.read_anchor)
+
+    def snapshot(self, client: Client) -> list[torch.Tensor]:
+        """A copy of what an exchange in the background has pushed of each, likewise."""
+        return self._copies(client.read_snapshot)
+
+    def _copies(self, read: Callable[[int, torch.Tensor], None]) -> list[torch.Tensor]:
+        copies = [torch.empty(e.shape, dtype=e.dtype, device="cpu") for e in self.exchanged]
+        for index, values in enumerate(copies):
+            read(index, values)
+        return copies
+
+    @torch.no_grad()
+    def merge(self, anchor: Sequence[torch.Tensor], snapshot: Sequence[torch.Tensor]) -> None:
+        """Add the difference to each."""
+        for e, center, pushed in zip(self.exchanged, anchor, snapshot, strict=True):
+            e.parameter.add_((center - pushed).to(e.parameter.device))
+
+    def set_anchor(self, client: Client, anchor: Sequence[torch.Tensor]) -> None:
+        """Set the anchor of each."""
+        for index, (e, values) in enumerate(zip(self.exchanged, anchor, strict=True)):
+            client.write_anchor(index, values.detach().to("cpu", e.dtype).contiguous())
+
+    def accumulated(self, client: Client) -> list[torch.Tensor | None]:
+        """A copy of the sum of gradients of each; None where there has been none."""
+        return [sums.clone() if touched else None for sums, touched in zip(self.sums, client.touched, strict=True)]
+
+    def set_accumulated(self, client: Client, sums: Sequence[torch.Tensor | None]) -> None:
+        """Set them to what :meth:`accumulated` returned."""
+        for own, values in zip(self.sums, sums, strict=True):
+            if values is not None:
+                own.copy_(values)
+        client.touch([values is not None for values in sums])
 
     def names(self) -> dict[int, str]:
         """id of a parameter -> the name by which the center has it."""
@@ -123,13 +177,10 @@ class Parameters:
         return [*(e.parameter for e in self.exchanged), *(parameter for _, parameter, _ in self._tied)]
 
     @torch.no_grad()
-    def add_gradients(
-        self, sums: list[torch.Tensor], gradients: Sequence[torch.Tensor | None] | None = None
-    ) -> list[bool]:
+    def add_gradients(self, gradients: Sequence[torch.Tensor | None] | None = None) -> list[bool]:
         """Add each parameter's gradient, and those of what is tied to it, to its sum; sparse ones sparsely.
 
         Args:
-            sums: as ``exchanged``: tensors on the CPU of the parameters' shapes, float64 or float32.
             gradients: one per entry of :meth:`sources`; None: those that they have now.
 
         Returns:
@@ -138,6 +189,7 @@ class Parameters:
         Raises:
             LayoutError: a gradient has another shape than its parameter had; nothing was added.
         """
+        sums = self.sums
         if gradients is None:
             gradients = [parameter.grad for parameter in self.sources()]
         places = {id(e): i for i, e in enumerate(self.exchanged)}

@@ -62,8 +62,11 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(before, tmp_path):
     assert opt._worker.client.started == (before != "between")
     if before == "flush":
         opt.flush()
-    state = opt.state_dict()  # first: it ends the flight
-    torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "worker.pt")
+    under_way, parameters = opt._worker.client.started, [p.detach().clone() for p in model.parameters()]
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "worker.pt")
+    assert opt._worker.client.started == under_way
+    same([p.detach() for p in model.parameters()], parameters)
+    opt._worker.land()  # as loading will
     opt.center.save(tmp_path / "c.safetensors")
     train(model, opt, 9, 20)
     opt.flush()

@@ -48,12 +48,17 @@ def test_names():
     model = network()
     expected = ["0.weight", "0.bias", "2.weight", "2.bias"]
     plain = torch.optim.SGD(model.parameters(), lr=1.0)
-    assert list(AGNOptimizer(plain, named_parameters=model.named_parameters()).center.snapshot()) == expected
-    opt = AGNOptimizer(plain, named_parameters=((f"net.{n}", p) for n, p in model.named_parameters()))
-    assert list(opt.center.snapshot()) == [f"net.{n}" for n in expected]
-    assert list(AGNOptimizer(torch.optim.SGD(model.named_parameters(), lr=1.0)).center.snapshot()) == expected
+
+    def names(optimizer, **arguments):
+        with AGNOptimizer(optimizer, **arguments) as opt:
+            return list(opt.center.snapshot())
+
+    assert names(plain, named_parameters=model.named_parameters()) == expected
+    more = names(plain, named_parameters=((f"net.{n}", p) for n, p in model.named_parameters()))
+    assert more == [f"net.{n}" for n in expected]
+    assert names(torch.optim.SGD(model.named_parameters(), lr=1.0)) == expected
     two = torch.optim.SGD([{"params": [p]} for p in model[0].parameters()], lr=1.0)
-    assert list(AGNOptimizer(two).center.snapshot()) == ["param_groups[0].params[0]", "param_groups[1].params[0]"]
+    assert names(two) == ["param_groups[0].params[0]", "param_groups[1].params[0]"]
 
 
 @pytest.mark.parametrize("own_names", [True, False])
