@@ -159,9 +159,9 @@ def _check_rank_count(MPI: ModuleType, library: str) -> None:
 def _how_to_launch(name: str, count: int) -> str:
     if name == "SLURM_STEP_NUM_TASKS":
         return (
-            f"Launch with `srun --mpi=pmix -n {count} python script.py` (`srun --mpi=list` says what there is: pmix for "
-            f"Open MPI, pmi2 or pmix for MPICH), or inside the allocation, without srun, with `mpirun -np {count} "
-            "python script.py`, using the mpirun"
+            f"Launch with `srun --mpi=pmix -n {count} python script.py` (`srun --mpi=list` says what there is: pmix "
+            f"for Open MPI, pmi2 or pmix for MPICH), or inside the allocation, without srun, with `mpirun "
+            f"-np {count} python script.py`, using the mpirun"
         )
     return HOW_TO_LAUNCH
 

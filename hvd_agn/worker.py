@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from . import config, rules
+from .alike import Facts
 from .center import Center
 from .checkpoint import Resume
 from .errors import (
@@ -20,11 +21,13 @@ from .errors import (
     ConfigError,
     LayoutError,
     NonFiniteWarning,
+    RankDifferenceWarning,
     RuleOverflowWarning,
     StalenessWarning,
     UsageError,
     warn,
 )
+from .rules.base import whole
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -53,11 +56,8 @@ class Settings:
     name: str = "AGNOptimizer"
 
     def __post_init__(self) -> None:
-        period = self.communication_period
-        if isinstance(period, bool) or not isinstance(period, int):
-            raise ConfigError(f"communication_period={period!r}: give a whole number of steps.")
-        if period < 1:
-            raise ConfigError(f"communication_period={period}: give 1 or more.")
+        period = whole("communication_period", self.communication_period, "steps")
+        object.__setattr__(self, "communication_period", period)
         if self.rule is not None and not isinstance(self.rule, rules.Rule):
             raise ConfigError(f"rule={self.rule!r}: give one of hvd_agn.rules, such as rules.Add().")
         config.choose("accumulate", self.accumulate, config.ACCUMULATE)
@@ -77,6 +77,9 @@ class Arrays(Protocol):
 
     def tensors(self) -> Mapping[str, Any]:
         """Name -> what the center is made with."""
+
+    def facts(self, optimizer: Any) -> Facts:
+        """What the ranks should have alike besides."""
 
     def read(self, client: "Client") -> None:
         """Make sure that the client knows each where it is now; LayoutError if they are not those of the start."""
@@ -133,6 +136,7 @@ class Worker(Generic[A]):
         self._layout_changed = False
         rule = settings.rule
         tensors: Mapping[str, Any] = {}
+        facts = Facts()
         failed: AGNError | None = None
         try:
             if rule is None and settings.gradients:
@@ -144,6 +148,7 @@ class Worker(Generic[A]):
                 raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")
             self.arrays = arrays()
             tensors = self.arrays.tensors()
+            facts = self.arrays.facts(optimizer)
         except (CheckpointError, ConfigError, LayoutError) as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
@@ -158,12 +163,15 @@ class Worker(Generic[A]):
             on_nonfinite=settings.on_nonfinite,
             name=settings.name,
             resume=resume,
+            facts=facts,
             failed=failed,
         )
         self.client = self.center.arrays_client
         self.arrays.write_back()
         self.center.own(self)
         self._warn_if_stale()
+        for difference in self.center.differences:
+            warn(f"{self.center.label}: {difference}", RankDifferenceWarning)
 
     def _warn_if_stale(self) -> None:
         settings, factor = self.settings, self.center.rule.factor
