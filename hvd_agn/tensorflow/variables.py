@@ -53,10 +53,8 @@ class Variables:
     def facts(self, optimizer: Any) -> Facts:
         """What the ranks should have alike besides: hyper-parameters, and variables that do not take part."""
         values = {f"variable {v.path!r}, which is not exchanged,": _checksum(plain(v)) for v in self._left_out}
-        if isinstance(optimizer, keras.optimizers.Optimizer):
-            config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
-            values |= {f"the optimizer's {key}": _text(value) for key, value in config.items()}
-        return Facts(values)
+        config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
+        return Facts(values | {f"the optimizer's {key}": _text(value) for key, value in config.items()})
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> a copy of its value; only until :meth:`settle`."""
