@@ -43,8 +43,8 @@ def misplaced(mine: Facts, first: Facts, root: str) -> str | None:
         if ours != theirs and sorted(ours) == sorted(theirs):
             place, other = next((p, ours.index(t)) for p, o, t in zip(places, ours, theirs, strict=True) if o != t)
             return (
-                f"{places[other]} here has the values of {place} on {root}: the arrays come in another order, as "
-                "from a set. Give named_parameters=model.named_parameters(), or sort them, on every rank."
+                f"{places[other]} here has the values of {place} on {root}: the parameters come in another order, as "
+                "from a set. Give them in one order on every rank: from a list, or sorted by name."
             )
     return None
 
@@ -61,7 +61,7 @@ def _unknown(mine: Facts, first: Facts, root: str) -> str | None:
             return (
                 f"{places[0]} and {places[1]} have one shape and no names, and this rank begins with other values than "
                 f"{root}: if it has them in another order, as from a set, layers are mixed up and nobody can tell. "
-                "Give named_parameters=model.named_parameters()."
+                "Give named_parameters=model.named_parameters(): then it is checked."
             )
     return None
 

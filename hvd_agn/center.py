@@ -545,9 +545,12 @@ def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]],
     arrays = [sum(len(entry) == 3 for entry in signature) for signature in (mine, rank0)]
     if arrays[0] != arrays[1]:
         return f"{arrays[0]} arrays here, {arrays[1]} on {root}. {fix}"
+    named, theirs = mine[: arrays[0]], rank0[: arrays[0]]
+    if named != theirs and sorted(named) == sorted(theirs):
+        fix = "They come in another order, as from a set: give them in one order on every rank."
     differing = (pair for pair in zip(mine, rank0, strict=False) if pair[0] != pair[1])
-    ours, theirs = next(differing, ("its other arguments", "an error"))
-    return f"{json.dumps(ours)} here, {json.dumps(theirs)} on {root}. {fix}"
+    here, there = next(differing, ("its other arguments", "an error"))
+    return f"{json.dumps(here)} here, {json.dumps(there)} on {root}. {fix}"
 
 
 _serials = itertools.count()

@@ -59,7 +59,7 @@ class Names:
 
 def _pairs(named: Any) -> list[tuple[str, torch.Tensor]]:
     if isinstance(named, torch.nn.Module):
-        named = named.named_parameters(remove_duplicate=False)
+        named = named.named_parameters()
     elif isinstance(named, Mapping):
         named = named.items()
     elif callable(named):

@@ -15,7 +15,7 @@ from ranks import on_ranks
 
 from hvd_agn import Center, _core, mpi
 from hvd_agn.errors import LaunchError, UsageError
-from hvd_agn.tools import launch
+from hvd_agn.tools import check, launch
 
 # ---- launching
 
@@ -53,6 +53,16 @@ def test_a_launcher_that_mpi_does_not_know(monkeypatch, name, value, types):
     monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match=rf"{name} says 4 ranks, MPI says 1: .*Launch with `{types}"):
         Center([np.zeros(3, np.float32)])
+
+
+def test_check_says_the_same(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = check._attempt("mpi4py", check._mpi4py)
+    assert found.status == check.PROBLEM
+    assert found.finding.startswith("WORLD_SIZE says 4 ranks, MPI says 1")
+    assert "started by one" not in check._launcher().finding
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert check._attempt("mpi4py", check._mpi4py).status == check.OK
 
 
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}

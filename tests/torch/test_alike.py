@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
@@ -120,6 +121,12 @@ def layers(seed=0):
     return nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(5))
 
 
+def refused(parameters, named=None):
+    with pytest.raises(LayoutError) as caught:
+        AGNOptimizer(torch.optim.SGD(parameters, lr=0.1), named_parameters=named)
+    return str(caught.value)
+
+
 def orders():
     """Wrap five layers of one shape in an order of this rank's own: with equal values, with others, with names."""
     from mpi4py import MPI
@@ -128,13 +135,8 @@ def orders():
     model = layers()
     before = values(model.parameters())
     turned = [model[(i + rank) % 5].weight for i in range(5)]
-    refused = None
-    try:
-        AGNOptimizer(torch.optim.SGD(turned, lr=0.1))
-    except LayoutError as error:
-        refused = str(error)
+    texts = {"turned": refused(turned)}
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    texts = {}
 
     def wrap(model, parameters, named):
         AGNOptimizer(torch.optim.SGD(parameters, lr=0.1), named_parameters=named).close()
@@ -152,27 +154,25 @@ def orders():
             p.data.uniform_()
     texts["file on rank 0"] = said(lambda: wrap(fresh, fresh.parameters(), None))
     norm = nn.LayerNorm(4)
-    swapped = [norm.bias, norm.weight] if rank == 1 else [norm.weight, norm.bias]
-    try:
-        AGNOptimizer(torch.optim.SGD(swapped, lr=0.1))
-        texts["norm"] = "taken"
-    except LayoutError as error:
-        texts["norm"] = str(error)
-    return refused, texts
+    texts["norm"] = refused([norm.bias, norm.weight] if rank == 1 else [norm.weight, norm.bias])
+    pairs = [(name, nn.Parameter(torch.zeros(6))) for name in ("ba" if rank == 1 else "ab")]
+    texts["named"] = refused([p for _, p in pairs], pairs)
+    return texts
 
 
 def check_orders(ranks):
-    for rank, (refused, texts) in enumerate(ranks):
-        assert f"[rank {max(rank, 1)}] AGNOptimizer: param_groups[0].params[" in refused
-        assert "the arrays come in another order, as from a set. Give named_parameters=" in refused
-        assert "the arrays come in another order" in texts["norm"]
+    for rank, texts in enumerate(ranks):
+        assert f"[rank {max(rank, 1)}] AGNOptimizer: param_groups[0].params[" in texts["turned"]
+        assert "the parameters come in another order, as from a set. Give them in one order" in texts["turned"]
+        assert "the parameters come in another order" in texts["norm"]
+        assert '["b", [6], "float32"] here, ["a", [6], "float32"] on rank 0. They come in another' in texts["named"]
         assert texts["equal"] == texts["seeds, names"] == texts["seeds, shapes"] == []
         for case in ("seeds", "file on rank 0"):
             assert len(texts[case]) == (rank > 0)
             assert all(
                 "params[0] and param_groups[0].params[1] have one shape and no names" in text for text in texts[case]
             )
-    assert "param_groups[0].params[4] here has the values of param_groups[0].params[0] on rank 0" in ranks[1][0]
+    assert "param_groups[0].params[4] here has the values of param_groups[0].params[0] on rank 0" in ranks[1]["turned"]
 
 
 def differ():
