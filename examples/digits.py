@@ -36,6 +36,13 @@ def arguments(description: str, epochs: int) -> argparse.ArgumentParser:
     return parser
 
 
+def world() -> "MPI.Comm":
+    """All ranks. What imports mpi4py.MPI starts MPI: not in a process that only imports the script, to load data."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
 # ---- data
 
 

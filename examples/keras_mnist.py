@@ -17,9 +17,6 @@ import tensorflow as tf
 
 import hvd_agn.tensorflow as agn  # AGN
 
-# isort: split
-from mpi4py import MPI
-
 
 def build_model() -> keras.Model:
     layers = keras.layers
@@ -46,7 +43,7 @@ class Progress(keras.callbacks.Callback):
 
 def main() -> None:
     args = digits.arguments(__doc__, epochs=40).parse_args()
-    comm = MPI.COMM_WORLD
+    comm = digits.world()
     tf.config.threading.set_intra_op_parallelism_threads(1)  # the ranks are the parallelism
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(args.seed + comm.rank)

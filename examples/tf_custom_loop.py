@@ -16,13 +16,10 @@ import tensorflow as tf
 
 import hvd_agn.tensorflow as agn  # AGN
 
-# isort: split
-from mpi4py import MPI
-
 
 def main() -> None:
     args = digits.arguments(__doc__, epochs=10).parse_args()
-    comm = MPI.COMM_WORLD
+    comm = digits.world()
     tf.config.threading.set_intra_op_parallelism_threads(1)  # the ranks are the parallelism
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(args.seed + comm.rank)

@@ -12,9 +12,6 @@ from torch import nn
 
 import hvd_agn.torch as agn  # AGN
 
-# isort: split
-from mpi4py import MPI
-
 
 def build_model() -> nn.Module:
     return nn.Sequential(
@@ -34,11 +31,9 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 def main() -> None:
     args = digits.arguments(__doc__, epochs=40).parse_args()
-    comm = MPI.COMM_WORLD
     torch.set_num_threads(1)
-    torch.manual_seed(args.seed + comm.rank)
+    torch.manual_seed(args.seed)
     train_x, train_y, test_x, test_y = (torch.from_numpy(part) for part in digits.load(args.data))
-    share_x, share_y = train_x[comm.rank :: comm.size, None], train_y[comm.rank :: comm.size]
 
     model = build_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -50,13 +45,16 @@ def main() -> None:
         wire_dtype=args.wire_dtype,
         center_ranks="nodes" if args.center_ranks == "nodes" else (0,),
     )
+    rank, size = optimizer.center.rank, optimizer.center.size  # AGN
+    torch.manual_seed(args.seed + rank)
+    share_x, share_y = train_x[rank::size, None], train_y[rank::size]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
     def center_accuracy() -> float:
         with optimizer.center_weights():  # AGN
             return accuracy(model, test_x[:, None], test_y)
 
-    run = digits.Run(comm, args, len(share_y) // args.batch)
+    run = digits.Run(digits.world(), args, len(share_y) // args.batch)
     for _ in range(args.epochs):
         order = torch.randperm(len(share_y))
         for batch in order[: run.steps * args.batch].split(args.batch):
@@ -66,7 +64,7 @@ def main() -> None:
             optimizer.step()
             run.advance(1, loss.item, optimizer.stats)
         schedule.step()
-        if comm.rank == 0:
+        if rank == 0:
             run.measured(center_accuracy())
 
     optimizer.flush()  # AGN: what was not yet pushed

@@ -25,6 +25,9 @@ class Comm:
     def size(self) -> int: ...
 
     @property
+    def world_ranks(self) -> list[int]: ...
+
+    @property
     def node_rank(self) -> int: ...
 
     @property

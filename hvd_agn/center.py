@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from . import _core, checkpoint, config, mpi, rules, shutdown
+from . import _core, alike, checkpoint, config, mpi, rules, shutdown
 from .client import Client, Stats, register
 from .errors import (
     AGNError,
@@ -33,6 +33,7 @@ from .errors import (
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+_NO_FACTS = alike.Facts()
 _CREATING = "waits for the other ranks to create their centers"
 
 Arrays = Mapping[str, Any] | Sequence[Any]
@@ -61,9 +62,9 @@ class Owner(Protocol):
 class Center:
     """Shared parameters in memory that their hosts expose, and this rank's client of them.
 
-    Construction is collective; afterwards no rank waits for another, except in :meth:`load` and at exit. All ranks
-    start from rank 0's values. Ranks on a host's node work on its memory; the others send it messages (one-sided puts),
-    which a thread of the host's process answers whatever its Python does.
+    Construction is collective; afterwards no rank waits for another, except in :meth:`load`, :meth:`barrier` and at
+    exit. All ranks start from rank 0's values. Ranks on a host's node work on its memory; the others send it messages
+    (one-sided puts), which a thread of the host's process answers whatever its Python does.
 
     Args:
         arrays: name -> array, or a sequence of arrays. float32, float64, float16 or bfloat16, any shape, C-contiguous,
@@ -87,6 +88,7 @@ class Center:
         name: used in messages.
         resume: what rank 0 begins with instead of its arrays' values: a center as it was, with slots and version. On
             other ranks it says nothing.
+        facts: what should be as on rank 0 and is not in ``arrays``; see :attr:`differences`.
         failed: an error of this rank's caller: all ranks raise it, instead of waiting for this one.
 
     Raises:
@@ -112,6 +114,7 @@ class Center:
         on_nonfinite: str = config.ON_NONFINITE[0],
         name: str = "Center",
         resume: checkpoint.Resume | None = None,
+        facts: alike.Facts = _NO_FACTS,
         failed: AGNError | None = None,
     ) -> None:
         config.check_environment()
@@ -142,9 +145,7 @@ class Center:
         self._loads = 0  # checkpoints that this rank has loaded
 
         MPI = mpi.initialize()
-        parent = MPI.COMM_WORLD if comm is None else comm
-        if not isinstance(parent, MPI.Intracomm):
-            raise ConfigError(f"comm={comm!r}: give an mpi4py communicator, or None for MPI.COMM_WORLD.")
+        parent = mpi.communicator(MPI, comm)
         shutdown.register(MPI)
         try:
             self._comm = _core.Comm(
@@ -155,7 +156,8 @@ class Center:
             raise
         self._name = name
         self._mpi_comm = MPI.Comm.fromhandle(self._comm.handle)
-        self.label = f"[rank {self._comm.rank}] {name}"
+        self.label = f"[rank {mpi.world_rank()}] {name}"
+        self._root = f"rank {self._comm.world_ranks[0]}"
 
         signature: list[tuple[Any, ...]] = []
         error: Exception | None = failed
@@ -168,13 +170,18 @@ class Center:
             error = error or failure
         self._wait(_CREATING)
         identity = resume.identity if resume else secrets.randbits(63)
-        expected, self.resumed, identity = self._mpi_comm.bcast((signature, resume is not None, identity), root=0)
+        mine = (signature, resume is not None, facts, identity)
+        expected, self.resumed, first, identity = self._mpi_comm.bcast(mine, root=0)
         """Whether it began with ``resume``."""
         self.identity: int = identity
         """Made at random with the center, and the same in all that is saved of it."""
         if error is None and signature != expected and expected:
-            error = LayoutError(_first_difference(signature, expected))
+            error = LayoutError(_first_difference(signature, expected, self._root))
+        if error is None and (order := alike.misplaced(facts, first, self._root)):
+            error = LayoutError(order)
         self._agree(error)
+        self.differences = alike.differences(facts, first, self._root)
+        """How this rank's ``facts`` differ from rank 0's, in words."""
         self._allocate(hosts, planes, resume.version if resume else 0)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
         """The client of this rank's ``arrays``."""
@@ -252,7 +259,7 @@ class Center:
         _core.widen(register(self._names, values), wide)
         for name, array in zip(self._names, wide, strict=True):
             if not np.isfinite(array).all():
-                raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on rank 0.")
+                raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on {self._root}.")
         return [wide]
 
     def _like(self) -> checkpoint.Like:
@@ -270,7 +277,7 @@ class Center:
         native = self._together(lambda: _core.Center(self._comm, plan, layout, rule))
         undo = native.disconnect
         self._together(lambda: native.connect(self._comm, config.RING_BLOCKS.read()), undo)
-        waits = "waits for rank 0 to write its parameters to the center"
+        waits = f"waits for {self._root} to write its parameters to the center"
         self._together(lambda: native.write(planes, version) if self._comm.rank == 0 else None, undo, waits)
         self._native = native
         shutdown.centers.append(self)
@@ -294,8 +301,9 @@ class Center:
             for shard, host in enumerate(hosts):
                 if not plan.direct(self._comm.rank, shard):
                     return LaunchError(
-                        f"rank {host}, which hosts a part of the center, is on another node, and transport='direct' "
-                        "was asked for. Use transport='auto', or a center for each node, with comm= of its ranks."
+                        f"rank {self._comm.world_ranks[host]}, which hosts a part of the center, is on another node, "
+                        "and transport='direct' was asked for. Use transport='auto', or a center for each node, with "
+                        "comm= of its ranks."
                     )
         if self._comm.node_rank > 0 or shared == 0:
             return None
@@ -369,6 +377,18 @@ class Center:
         """As :meth:`Client.stats`, for this center's arrays."""
         self._open()
         return self.arrays_client.stats()
+
+    def barrier(self) -> None:
+        """Wait, asleep, until every rank has called this. Collective; a host answers other nodes meanwhile.
+
+        What was pushed before by any rank is in the center afterwards. With ``overlap`` that takes a ``flush()``.
+
+        Raises:
+            UsageError: the center is closed.
+            StallError: the wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``; as of :meth:`load`.
+        """
+        self._open().await_thread()  # in MPI it may hold up the calls of this thread, which know no limit
+        self._comm.barrier("waits for all ranks to call Center.barrier")
 
     # ---- state
 
@@ -457,7 +477,7 @@ class Center:
                 native.write(planes, version)
             except Exception as failure:  # of any kind: the other ranks wait to hear of it
                 error = CheckpointError(f"{self.label}: {path} cannot be loaded into {self.rule}: {failure}")
-        self._comm.barrier("waits for rank 0 to read the center's file")
+        self._comm.barrier(f"waits for {self._root} to read the center's file")
         error, self.identity, epoch = self._mpi_comm.bcast((error, self.identity, native.epoch), root=0)
         if error is not None:
             raise error
@@ -525,7 +545,7 @@ class Center:
                 native.write(self._initial(values, like, None), 0)
             except LayoutError as failure:
                 error = failure
-        self._comm.barrier("waits for rank 0 to write its values to the center")
+        self._comm.barrier(f"waits for {self._root} to write its values to the center")
         error, first = self._mpi_comm.bcast((error, note), root=0)
         if error is not None:
             raise error
@@ -580,14 +600,17 @@ class Center:
         return self._native
 
 
-def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]]) -> str:
+def _first_difference(mine: list[tuple[Any, ...]], rank0: list[tuple[Any, ...]], root: str) -> str:
     fix = "Build the same model and optimizer on every rank."
     arrays = [sum(len(entry) == 3 for entry in signature) for signature in (mine, rank0)]
     if arrays[0] != arrays[1]:
-        return f"{arrays[0]} arrays here, {arrays[1]} on rank 0. {fix}"
+        return f"{arrays[0]} arrays here, {arrays[1]} on {root}. {fix}"
+    named, theirs = mine[: arrays[0]], rank0[: arrays[0]]
+    if named != theirs and sorted(named) == sorted(theirs):
+        fix = "They come in another order, as from a set: give them in one order on every rank."
     differing = (pair for pair in zip(mine, rank0, strict=False) if pair[0] != pair[1])
-    ours, theirs = next(differing, ("its other arguments", "an error"))
-    return f"{json.dumps(ours)} here, {json.dumps(theirs)} on rank 0. {fix}"
+    here, there = next(differing, ("its other arguments", "an error"))
+    return f"{json.dumps(here)} here, {json.dumps(there)} on {root}. {fix}"
 
 
 _serials = itertools.count()

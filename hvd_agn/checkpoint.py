@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from .errors import CheckpointError
+from .names import match, missing
 
 _FORMAT = "hvd_agn center 1"
 
@@ -112,15 +113,16 @@ def _planes(
     tensors: dict[str, np.ndarray], like: Like, slots: Sequence[str], rule: str | None
 ) -> list[list[np.ndarray]]:
     planes = []
+    there = [key for key in tensors if not key.startswith("slot/")]
+    names = match(list(like), there)
     for prefix in ["", *(f"slot/{slot}/" for slot in slots)]:
         plane = []
         for name, (shape, dtype) in like.items():
-            found = tensors.pop(prefix + name, None)
+            found = tensors.pop(prefix + names.get(name, name), None)
             if found is None or found.shape != shape or str(found.dtype) != dtype:
-                what = "is missing" if found is None else f"is {found.dtype}{list(found.shape)}"
-                raise CheckpointError(
-                    f"{prefix + name!r} {what}; expected {dtype}{list(shape)}. The file has rule {rule}."
-                )
+                what = f"{prefix + name!r} is {found.dtype}{list(found.shape)}" if found is not None else ""
+                what = what or (f"{prefix + name!r} is missing" if prefix else missing(name, list(like), there))
+                raise CheckpointError(f"{what}; expected {dtype}{list(shape)}. The file has rule {rule}.")
             if not np.isfinite(found).all():
                 raise CheckpointError(f"{prefix + name!r} has a NaN or an Inf.")
             plane.append(np.ascontiguousarray(found).reshape(shape))

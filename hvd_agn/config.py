@@ -109,8 +109,25 @@ VARIABLES: tuple[Variable[int] | Variable[float] | Variable[str], ...] = (
     STALL_ABORT_SECONDS,
 )
 
-RANK_COUNT_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Set by launchers to the number of processes they started."""
+MPI_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "a launcher with PMI",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH's mpirun",
+}
+"""Variables that MPI's launchers set to the number of processes they started."""
+
+OTHER_LAUNCHERS = {
+    "HOROVOD_SIZE": "horovodrun (with --gloo, or for another MPI)",
+    "WORLD_SIZE": "torchrun, Accelerate, DeepSpeed, Lightning or the like",
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "FLUX_JOB_SIZE": "flux run",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "TF_CONFIG": "something that makes a cluster of TensorFlow",
+}
+"""The same of launchers that do not start MPI, or may not have: then each process finds itself alone.
+
+Slurm's variable is there in the tasks of a step only. ``SLURM_NTASKS`` says nothing: an allocation has it too.
+"""
 
 
 def choose(argument: str, value: T, choices: tuple[T, ...]) -> T:

@@ -74,6 +74,10 @@ class StalenessWarning(RuntimeWarning):
     """More workers per period than published runs of AGN train well with."""
 
 
+class RankDifferenceWarning(RuntimeWarning):
+    """Something differs from rank 0 that the center does not make equal, or may differ without being seen."""
+
+
 class UsageWarning(UserWarning):
     """A call that makes sense only after something else, which was done for you."""
 

@@ -1,14 +1,17 @@
 """MPI as this process has it: mpi4py, checked against the library that the native core is bound to."""
 
 import ctypes
+import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from . import _core
-from .config import RANK_COUNT_VARIABLES
-from .errors import LaunchError
+from .config import MPI_LAUNCHERS, OTHER_LAUNCHERS
+from .errors import ConfigError, LaunchError
 
 # Built, and not from pip's cache: the wheel takes the first libmpi that it finds, the cache may be of another MPI.
 HOW_TO_BUILD_MPI4PY = "`pip install --force-reinstall --no-deps --no-cache-dir --no-binary=mpi4py mpi4py`"
@@ -82,10 +85,21 @@ def _check_same_library(MPI: ModuleType, library: str) -> None:
     )
 
 
-def launched_ranks() -> dict[str, int]:
-    """The launchers' variables that are set, and how many ranks they say there are."""
-    texts = {name: os.environ.get(name, "") for name in RANK_COUNT_VARIABLES}
-    return {name: int(text) for name, text in texts.items() if text.isdigit()}
+def launched_ranks(launchers: Iterable[str]) -> dict[str, int]:
+    """The launchers' variables that are set, and how many processes they say there are."""
+    counts = {name: _count(os.environ.get(name, "")) for name in launchers}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _count(text: str) -> int:
+    """A number as it is; of TensorFlow's TF_CONFIG, those that train. 0 if it says nothing."""
+    if text.isdecimal():
+        return int(text)
+    try:
+        cluster = json.loads(text)["cluster"]
+        return sum(len(cluster.get(job, ())) for job in ("chief", "master", "worker"))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return 0
 
 
 def world_rank() -> int:
@@ -97,15 +111,59 @@ def world_rank() -> int:
     return int(MPI.COMM_WORLD.Get_rank())
 
 
+def communicator(MPI: ModuleType, comm: Any) -> Any:
+    """The communicator that was given, or else the world.
+
+    Raises:
+        ConfigError: it is no communicator, or one that this rank cannot make a center with.
+    """
+    if comm is None:
+        return MPI.COMM_WORLD
+    reason = None
+    if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
+        reason = (
+            "MPI.COMM_NULL, which Split and Create give a rank that belongs to no group, or a communicator that was "
+            "freed. Make no center on this rank, or give the communicator of its group"
+        )
+    elif isinstance(comm, MPI.Intercomm):
+        reason = "an intercommunicator. Give a communicator of its own ranks, such as comm.Merge()"
+    elif not isinstance(comm, MPI.Intracomm):
+        raise ConfigError(f"comm={comm!r}: give an mpi4py communicator, or None for MPI.COMM_WORLD.")
+    if reason:
+        raise ConfigError(f"[rank {world_rank()}] comm= is {reason}, or None for MPI.COMM_WORLD.")
+    return comm
+
+
 def _check_rank_count(MPI: ModuleType, library: str) -> None:
     size = MPI.COMM_WORLD.Get_size()
-    for name, launched in launched_ranks().items():
-        if launched > size:
+    this = f"{library} ({_first_line(_core.mpi_library_version())})"
+    own = launched_ranks(MPI_LAUNCHERS)
+    for name, count in own.items():
+        if count > size:
             raise LaunchError(
-                f"{name} says {launched} ranks, MPI says {size}: these processes were started by a launcher that does "
-                f"not belong to {library} ({_first_line(_core.mpi_library_version())}), or without MPI "
-                f"(horovodrun --gloo). {HOW_TO_LAUNCH} of that MPI."
+                f"{name} says {count} ranks, MPI says {size}: these processes were started by {MPI_LAUNCHERS[name]} "
+                f"that does not belong to {this}. {HOW_TO_LAUNCH} of that MPI."
             )
+    others = launched_ranks(OTHER_LAUNCHERS)
+    if own:  # Open MPI's mpirun starts its daemons with srun, and the ranks on other nodes inherit what that sets
+        others.pop("SLURM_STEP_NUM_TASKS", None)
+    for name, count in others.items():
+        if count > size:
+            raise LaunchError(
+                f"{name} says {count} ranks, MPI says {size}: these processes were started by {OTHER_LAUNCHERS[name]}, "
+                f"and not through {this}: each would train alone. {_how_to_launch(name, count)} of that MPI. If this "
+                f"process is meant to train alone: `env -u {name} python script.py`."
+            )
+
+
+def _how_to_launch(name: str, count: int) -> str:
+    if name == "SLURM_STEP_NUM_TASKS":
+        return (
+            f"Launch with `srun --mpi=pmix -n {count} python script.py` (`srun --mpi=list` says what there is: pmix "
+            f"for Open MPI, pmi2 or pmix for MPICH), or inside the allocation, without srun, with `mpirun "
+            f"-np {count} python script.py`, using the mpirun"
+        )
+    return HOW_TO_LAUNCH
 
 
 def _first_line(text: str) -> str:

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import Protocol
 
-from . import _core
+from . import _core, mpi
 from .errors import StallError
 
 
@@ -57,7 +57,7 @@ def finish() -> None:
         failure = getattr(sys, "last_type", None)
         if failure is not None and finished:
             print(
-                f"[rank {finished[0][1].rank}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays "
+                f"[rank {mpi.world_rank()}] hvd_agn: this rank ends with {failure.__name__}. What it pushed stays "
                 "in the center and the other ranks go on; this one waits for them to end.",
                 file=sys.stderr,
                 flush=True,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from . import config, rules
+from .alike import Facts
 from .center import Center
 from .checkpoint import Resume, WorkerState
 from .errors import (
@@ -20,6 +21,7 @@ from .errors import (
     ConfigError,
     LayoutError,
     NonFiniteWarning,
+    RankDifferenceWarning,
     RestoredError,
     RestoredWarning,
     RuleOverflowWarning,
@@ -28,6 +30,7 @@ from .errors import (
     UsageWarning,
     warn,
 )
+from .rules.base import whole
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -56,11 +59,8 @@ class Settings:
     name: str = "AGNOptimizer"
 
     def __post_init__(self) -> None:
-        period = self.communication_period
-        if isinstance(period, bool) or not isinstance(period, int):
-            raise ConfigError(f"communication_period={period!r}: give a whole number of steps.")
-        if period < 1:
-            raise ConfigError(f"communication_period={period}: give 1 or more.")
+        period = whole("communication_period", self.communication_period, "steps")
+        object.__setattr__(self, "communication_period", period)
         if self.rule is not None and not isinstance(self.rule, rules.Rule):
             raise ConfigError(f"rule={self.rule!r}: give one of hvd_agn.rules, such as rules.Add().")
         config.choose("accumulate", self.accumulate, config.ACCUMULATE)
@@ -83,6 +83,9 @@ class Arrays(Protocol):
 
     def ids(self) -> set[int]:
         """The identities of those that are exchanged."""
+
+    def facts(self, optimizer: Any) -> Facts:
+        """What the ranks should have alike besides."""
 
     def read(self, client: "Client") -> None:
         """Make sure that the client knows each where it is now; LayoutError if they are not those of the start."""
@@ -168,6 +171,7 @@ class Worker(Generic[A]):
         self._center_loaded = False  # by Center.load(), and this worker has not exchanged since
         rule = settings.rule
         tensors: Mapping[str, Any] = {}
+        facts = Facts()
         failed: AGNError | None = None
         try:
             if rule is None and settings.gradients:
@@ -180,6 +184,7 @@ class Worker(Generic[A]):
             self.arrays = arrays()
             _close_others(self.arrays.ids())
             tensors = self.arrays.tensors()
+            facts = self.arrays.facts(optimizer)
         except AGNError as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
@@ -194,6 +199,7 @@ class Worker(Generic[A]):
             on_nonfinite=settings.on_nonfinite,
             name=settings.name,
             resume=resume,
+            facts=facts,
             failed=failed,
         )
         self.client = self.center.arrays_client
@@ -201,6 +207,8 @@ class Worker(Generic[A]):
         self.center.own(self)
         _open.append(self)
         self._warn_if_stale()
+        for difference in self.center.differences:
+            warn(f"{self.center.label}: {difference}", RankDifferenceWarning)
 
     def _warn_if_stale(self) -> None:
         settings, factor = self.settings, self.center.rule.factor

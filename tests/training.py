@@ -77,7 +77,7 @@ def values(tensors):
 
 def assert_same(tensors, expected):
     for t, e in zip(tensors, expected, strict=True):
-        torch.testing.assert_close(t.detach(), torch.as_tensor(e), rtol=0, atol=0)
+        torch.testing.assert_close(t.detach(), torch.as_tensor(e, device=t.device), rtol=0, atol=0)
 
 
 def assert_all(array, value):

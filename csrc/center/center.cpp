@@ -110,14 +110,15 @@ Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule)
     : plan_(std::move(plan)),
       layout_(std::move(layout)),
       rule_(rule),
-      rank_(comm.rank()),
+      rank_(comm.world_rank()),
       node_rank_(comm.node_rank()),
       node_size_(comm.node_size()) {
   const std::size_t blocks = layout_.blocks();
+  const int here = comm.rank();
   allocate(comm);
   for (std::size_t shard = 0; shard < plan_.shards(); ++shard) {
     const std::size_t begin = plan_.begin(shard, blocks), end = plan_.end(shard, blocks);
-    if (!plan_.direct(rank_, shard)) {
+    if (!plan_.direct(here, shard)) {
       remote_.emplace_back(begin, end);
       continue;
     }
@@ -125,8 +126,8 @@ Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule)
       return std::make_unique<Shard>(memory, layout_, begin, end, rule_.slots(), static_cast<int>(user), comm);
     };
     const std::vector<int> ranks = plan_.direct_ranks(shard);
-    shards_.push_back(view(std::find(ranks.begin(), ranks.end(), rank_) - ranks.begin()));
-    if (plan_.host(shard) != rank_) continue;
+    shards_.push_back(view(std::find(ranks.begin(), ranks.end(), here) - ranks.begin()));
+    if (plan_.host(shard) != here) continue;
     shards_.back()->format(users(plan_, shard));
     if (!plan_.mailbox_ranks(shard).empty()) service_ = std::make_unique<Service>(view(ranks.size()), layout_, rule_);
   }
@@ -144,8 +145,8 @@ void Center::allocate(const Comm& comm) {
   std::size_t own = 0;
   bool shared = false;
   for (std::size_t shard = 0; shard < plan_.shards(); ++shard) {
-    if (plan_.host(shard) == rank_) own = shard_bytes(plan_, layout_, shard, rule_.slots());
-    shared |= plan_.same_node(plan_.host(shard), rank_) && plan_.direct_ranks(shard).size() > 1;
+    if (plan_.host(shard) == comm.rank()) own = shard_bytes(plan_, layout_, shard, rule_.slots());
+    shared |= plan_.same_node(plan_.host(shard), comm.rank()) && plan_.direct_ranks(shard).size() > 1;
   }
   if (shared) {
     void* base = nullptr;
@@ -165,7 +166,7 @@ void Center::allocate(const Comm& comm) {
 void* Center::memory_of(std::size_t shard) const {
   if (window_ == MPI_WIN_NULL) return private_;
   int node_rank = 0;
-  for (int rank = 0; rank < plan_.host(shard); ++rank) node_rank += plan_.same_node(rank, rank_);
+  for (int rank = 0; rank < plan_.host(shard); ++rank) node_rank += plan_.same_node(rank, plan_.host(shard));
   MPI_Aint size = 0;
   int unit = 0;
   void* base = nullptr;

@@ -36,6 +36,7 @@ class Center {
 
   const Layout& layout() const { return layout_; }
   const Rule& rule() const { return rule_; }
+  /// In MPI_COMM_WORLD, for messages.
   int rank() const { return rank_; }
   /// Shards that this rank works on itself.
   const std::vector<std::unique_ptr<Shard>>& shards() const { return shards_; }

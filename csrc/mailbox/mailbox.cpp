@@ -69,7 +69,8 @@ struct Mailbox::Peer {
 
 Mailbox::Mailbox(const Comm& comm, const Plan& plan, std::size_t blocks, std::size_t payload_bytes, std::size_t ring,
                  std::unique_ptr<Responder> responder)
-    : rank_(comm.rank()),
+    : rank_(comm.world_rank()),
+      world_ranks_(comm.world_ranks()),
       process_(getpid()),
       limits_(comm.limits()),
       comm_(comm.handle()),
@@ -94,26 +95,27 @@ Mailbox::Mailbox(const Comm& comm, const Plan& plan, std::size_t blocks, std::si
     return index(plan.mailbox_ranks(shard), worker) * host_end;
   };
 
-  for (const std::size_t shard : plan.mailbox_shards(rank_)) {
+  const int rank = comm.rank();
+  for (const std::size_t shard : plan.mailbox_shards(rank)) {
     Peer host{};
     host.rank = plan.host(shard);
-    host.here = offset_at_worker(rank_, shard);
-    host.there = offset_at_host(shard, rank_);
+    host.here = offset_at_worker(rank, shard);
+    host.there = offset_at_host(shard, rank);
     host.begin = plan.begin(shard, blocks);
     host.blocks = plan.end(shard, blocks) - host.begin;
     // Workers start apart, so that they do not queue behind each other.
-    host.start = host.blocks * static_cast<std::size_t>(rank_) / static_cast<std::size_t>(comm.size());
+    host.start = host.blocks * static_cast<std::size_t>(rank) / static_cast<std::size_t>(comm.size());
     host.pending.resize(ring_);
     host.abandoned.resize(ring_);
     hosts_.push_back(std::move(host));
   }
-  const std::vector<int> workers = workers_of(rank_);
+  const std::vector<int> workers = workers_of(rank);
   for (std::size_t w = 0; w < workers.size(); ++w) {
     Peer worker{};
     worker.rank = workers[w];
     worker.index = static_cast<int>(w);
     for (std::size_t shard = 0; shard < plan.shards(); ++shard) {
-      if (plan.host(shard) != rank_) continue;
+      if (plan.host(shard) != rank) continue;
       worker.here = offset_at_host(shard, worker.rank);
       worker.there = offset_at_worker(worker.rank, shard);
     }
@@ -232,7 +234,7 @@ void Mailbox::run(Transfer& transfer) {
 }
 
 std::string Mailbox::what_it_does() const {
-  const int peer = peer_.load();
+  const int peer = world_rank(peer_.load());
   const std::uint64_t block = block_.load();
   switch (phase_.load()) {
     case Phase::idle:
@@ -333,7 +335,7 @@ void Mailbox::put(const void* from, std::size_t bytes, Peer& to, std::size_t off
     const std::size_t n = std::min(bytes - done, kPutLimit);
     const int code = MPI_Put(static_cast<const std::byte*>(from) + done, static_cast<int>(n), MPI_BYTE, to.rank,
                              static_cast<MPI_Aint>(to.there + offset + done), static_cast<int>(n), MPI_BYTE, window_);
-    if (code != MPI_SUCCESS) check(code, rank_, concat("MPI_Put of block ", block, " to rank ", to.rank));
+    if (code != MPI_SUCCESS) check(code, rank_, concat("MPI_Put of block ", block, " to rank ", world_rank(to.rank)));
     done += n;
   }
 }
@@ -356,7 +358,8 @@ void Mailbox::publish(std::vector<Peer>& peers) {
   }
   if (code != MPI_SUCCESS)
     check(code, rank_,
-          concat(one ? "MPI_Win_flush" : "MPI_Win_flush_all", " of block ", block_.load(), " to rank ", peer_.load()));
+          concat(one ? "MPI_Win_flush" : "MPI_Win_flush_all", " of block ", block_.load(), " to rank ",
+                 world_rank(peer_.load())));
   for (Peer& peer : peers) {
     if (peer.sent == peer.published) continue;
     peer.counter = peer.published = peer.sent;
@@ -383,7 +386,7 @@ bool Mailbox::serve_one(Peer& worker) {
     if (!responder_->respond(worker.index, *message, payload_of(message))) {
       if (!worker.blocked) worker.blocked.emplace(StallLimits{limits_.warn, 0}, rank_);
       worker.blocked->poll(
-          [&] { return concat("cannot answer rank ", worker.rank, ": ", responder_->blocked(*message)); });
+          [&] { return concat("cannot answer rank ", world_rank(worker.rank), ": ", responder_->blocked(*message)); });
       break;
     }
     worker.blocked.reset();

@@ -131,7 +131,10 @@ class Mailbox {
   Message* slot(const Peer& peer, std::uint64_t number) const;
   Message* staging(const Peer& host, std::uint64_t number) const;
 
-  int rank_;
+  int world_rank(int rank) const { return rank < 0 ? rank : world_ranks_[rank]; }  // of a peer, for messages
+
+  int rank_;  // of this process in MPI_COMM_WORLD, for messages
+  std::vector<int> world_ranks_;
   pid_t process_;  // that the thread runs in
   StallLimits limits_;
   MPI_Comm comm_;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <numeric>
 #include <thread>
 
 namespace hvd_agn {
@@ -48,21 +49,38 @@ void StallWatch::report(const std::string& what) {
 }
 
 Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits), process_(getpid()) {
-  check(MPI_Comm_rank(parent, &rank_), -1, "MPI_Comm_rank");
+  check(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), -1, "MPI_Comm_rank");
+  check(MPI_Comm_rank(parent, &index_), rank_, "MPI_Comm_rank");
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Comm_idup(parent, &comm_, &request), rank_, "MPI_Comm_idup");
   wait(&request, "waits for every rank to create its center; a rank that never does holds up the others", limits_,
        nullptr);
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), rank_, "MPI_Comm_set_errhandler");
   check(MPI_Comm_size(comm_, &size_), rank_, "MPI_Comm_size");
-  check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &node_), rank_, "MPI_Comm_split_type");
+  check(MPI_Comm_split_type(comm_, MPI_COMM_TYPE_SHARED, index_, MPI_INFO_NULL, &node_), rank_, "MPI_Comm_split_type");
   check(MPI_Comm_set_errhandler(node_, MPI_ERRORS_RETURN), rank_, "MPI_Comm_set_errhandler");
   check(MPI_Comm_rank(node_, &node_rank_), rank_, "MPI_Comm_rank");
   check(MPI_Comm_size(node_, &node_size_), rank_, "MPI_Comm_size");
-  int first = rank_;
+  int first = index_;
   check(MPI_Bcast(&first, 1, MPI_INT, 0, node_), rank_, "MPI_Bcast");
   nodes_.resize(size_);
   check(MPI_Allgather(&first, 1, MPI_INT, nodes_.data(), 1, MPI_INT, comm_), rank_, "MPI_Allgather");
+  find_world_ranks();
+}
+
+void Comm::find_world_ranks() {
+  MPI_Group world = MPI_GROUP_NULL, group = MPI_GROUP_NULL;
+  check(MPI_Comm_group(MPI_COMM_WORLD, &world), rank_, "MPI_Comm_group");
+  check(MPI_Comm_group(comm_, &group), rank_, "MPI_Comm_group");
+  std::vector<int> here(size_);
+  std::iota(here.begin(), here.end(), 0);
+  world_ranks_.resize(size_);
+  check(MPI_Group_translate_ranks(group, size_, here.data(), world, world_ranks_.data()), rank_,
+        "MPI_Group_translate_ranks");
+  for (int rank = 0; rank < size_; ++rank)
+    if (world_ranks_[rank] == MPI_UNDEFINED) world_ranks_[rank] = rank;  // of another MPI_COMM_WORLD: it was spawned
+  check(MPI_Group_free(&group), rank_, "MPI_Group_free");
+  check(MPI_Group_free(&world), rank_, "MPI_Group_free");
 }
 
 void Comm::wait(MPI_Request* request, const std::string& what, StallLimits limits,

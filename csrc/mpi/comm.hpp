@@ -71,8 +71,12 @@ class Comm {
 
   MPI_Comm handle() const { return comm_; }
   MPI_Comm node() const { return node_; }
-  int rank() const { return rank_; }
+  int rank() const { return index_; }
   int size() const { return size_; }
+  /// Of this process in MPI_COMM_WORLD: what messages call it.
+  int world_rank() const { return rank_; }
+  /// The same of each rank; of one that is not in this process's MPI_COMM_WORLD, its rank here.
+  const std::vector<int>& world_ranks() const { return world_ranks_; }
   int node_rank() const { return node_rank_; }
   int node_size() const { return node_size_; }
   /// Of each rank: the first rank on its node.
@@ -89,16 +93,17 @@ class Comm {
   void free();
 
  private:
+  void find_world_ranks();
   void wait(MPI_Request* request, const std::string& what, StallLimits limits,
             const std::function<std::uint64_t()>& progress);
 
   StallLimits limits_;
   MPI_Comm comm_ = MPI_COMM_NULL;
   MPI_Comm node_ = MPI_COMM_NULL;
-  int rank_ = -1, size_ = 0, node_rank_ = -1, node_size_ = 0;
+  int rank_ = -1, index_ = -1, size_ = 0, node_rank_ = -1, node_size_ = 0;
   bool given_up_ = false;
   pid_t process_;
-  std::vector<int> nodes_;
+  std::vector<int> nodes_, world_ranks_;
 };
 
 /// Version text of the MPI library that this core is bound to.

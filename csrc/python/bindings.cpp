@@ -211,6 +211,7 @@ void bind_comm(nb::module_& m) {
       .def_prop_ro("handle", [](const Comm& self) { return (std::uintptr_t)self.handle(); })
       .def_prop_ro("rank", &Comm::rank)
       .def_prop_ro("size", &Comm::size)
+      .def_prop_ro("world_ranks", &Comm::world_ranks)
       .def_prop_ro("node_rank", &Comm::node_rank)
       .def_prop_ro("node_size", &Comm::node_size)
       .def_prop_ro("nodes", &Comm::nodes)

@@ -51,7 +51,7 @@ struct Shard::Header {
 struct alignas(64) Shard::BlockHeader {
   pthread_mutex_t mutex;
   std::atomic<std::uint64_t> state;  // version << kIndexBits | physical block
-  std::atomic<int> holder;           // rank, for messages
+  std::atomic<int> holder;           // rank in MPI_COMM_WORLD, for messages
   std::atomic<std::uint32_t> epoch;
 };
 
@@ -70,7 +70,7 @@ Shard::Shard(void* base, const Layout& layout, std::size_t begin, std::size_t en
       end_(end),
       slot_stride_(layout.block_bytes()),
       stride_(round_up(layout.block_bytes() * (1 + slots), Layout::kAlignment)),
-      rank_(comm.rank()),
+      rank_(comm.world_rank()),
       limits_(comm.limits()),
       process_(getpid()) {
   const std::size_t blocks = end - begin;

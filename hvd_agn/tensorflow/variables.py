@@ -1,5 +1,6 @@
 """The variables of a Keras optimizer as a center sees them: which take part, and under which names."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from ..alike import Facts, checksum
 from ..client import Client
 from ..errors import LayoutError
 
@@ -41,11 +43,18 @@ class Variables:
             seen.add(id(value))
             self.exchanged.append(value)
             self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
+        self._left_out = [v for v in variables if getattr(v, "overwrite_with_gradient", False)]
         self.sums: list[np.ndarray] = []
         """The core's memory of what is accumulated for each, if gradients are pushed."""
         self._start: dict[str, np.ndarray] | None = {
             name: np.array(value.numpy(), order="C") for name, value in zip(self.names, self.exchanged, strict=True)
         }
+
+    def facts(self, optimizer: Any) -> Facts:
+        """What the ranks should have alike besides: hyper-parameters, and variables that do not take part."""
+        values = {f"variable {v.path!r}, which is not exchanged,": _checksum(plain(v)) for v in self._left_out}
+        config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
+        return Facts(values | {f"the optimizer's {key}": _text(value) for key, value in config.items()})
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> a copy of its value; only until :meth:`settle`."""
@@ -126,6 +135,16 @@ class Variables:
         """Set them to what :meth:`copy` returned."""
         for variable, value in zip(self.exchanged, copy, strict=True):
             variable.assign(value)
+
+
+def _checksum(variable: tf.Variable) -> str:
+    value = np.ascontiguousarray(variable.numpy())
+    return checksum(value.reshape(-1).view(np.uint8), f"{variable.dtype.name}{list(variable.shape)}")
+
+
+def _text(value: Any) -> str:
+    """Of a configuration, which holds what JSON does; the same on every rank."""
+    return json.dumps(value, sort_keys=True, default=lambda each: type(each).__qualname__)[:200]
 
 
 def refuse_unusable(name: str, value: Any) -> None:

@@ -87,8 +87,8 @@ def _thread_level() -> Line:
 
 def _launcher() -> Line:
     found = launch.mpirun()
-    if mpi.launched_ranks():
-        return Line("launcher", f"this process was started by one; {found}")
+    if started := mpi.launched_ranks(config.MPI_LAUNCHERS):
+        return Line("launcher", f"this process was started by one ({', '.join(started)} is set); {found}")
     if missing := launch.missing_root_variables():
         fix = f"set {' and '.join(f'{name}=1' for name in missing)}"
         return Line("launcher", f"{found} refuses to run as root", PROBLEM, fix)

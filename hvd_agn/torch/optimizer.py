@@ -3,7 +3,7 @@
 This file knows torch and nothing of MPI; the exchange itself is ``hvd_agn.Center``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from ..client import Stats
 from ..errors import CheckpointError, UsageError
 from ..worker import Settings, Worker
 from . import state
+from .center_state import fill
+from .names import Named
 from .parameters import Parameters
 from .steps import Steps
 
@@ -30,7 +32,9 @@ class AGNOptimizer(torch.optim.Optimizer):
     the parameters to the center (Hermans, Spanakis, Moeckel, ACML 2017, arXiv 1710.02368, algorithm 1). No rank waits
     for another. ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own objects.
 
-    Construction is collective, and sets the parameters of all ranks to rank 0's. What has not been pushed when the
+    Construction is collective, and sets the parameters of all ranks to rank 0's. What the center does not hold is
+    compared with rank 0's: hyper-parameters, frozen parameters, and buffers if ``named_parameters`` is the model; the
+    first that differs is named in a ``RankDifferenceWarning``. What has not been pushed when the
     program ends is pushed then, or by :meth:`flush` or :meth:`close`.
 
     Args:
@@ -47,8 +51,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         overlap: exchange in the background while training goes on. At the end of a period a snapshot of the parameters
             is pushed; when the answer has come, the next ``step()`` adds to the parameters what the center had that the
             snapshot had not. A boundary waits only for the exchange before. Costs one more copy of the parameters.
-        named_parameters: ``model.named_parameters()``: names for messages and files. Without it the names are those of
-            the optimizer, or ``param_groups[0].params[0]`` ...
+        named_parameters: ``model.named_parameters()``, or a list or dict of it: names for messages and files, without
+            what wrappers such as ``torch.compile`` add. Without it the names are those of the optimizer, or
+            ``param_groups[0].params[0]`` ... The model itself may be given: then its buffers are compared too, see
+            below.
         comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.
         center_ranks, transport, wire_dtype: where the center is, and how it is reached from other nodes; see
             :class:`hvd_agn.Center`.
@@ -72,7 +78,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         normalize: bool = True,
         accumulate: str = config.ACCUMULATE[0],
         overlap: bool = False,
-        named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+        named_parameters: Named | None = None,
         comm: "MPI.Comm | None" = None,
         center_ranks: Sequence[int] | str = config.CENTER_RANKS,
         transport: str | None = None,
@@ -266,20 +272,16 @@ class AGNOptimizer(torch.optim.Optimizer):
         """``model.state_dict()`` with the center's values for the parameters that are exchanged, to save or to load.
 
         Args:
-            model: holds the wrapped optimizer's parameters.
+            model: holds the wrapped optimizer's parameters, itself or in a wrapper; or a part of it.
 
         Returns:
             Tensors of the parameters' own dtype and device; buffers and other parameters are the model's.
+
+        Raises:
+            ConfigError: the model, or a part of it, is a copy: its values would be local ones.
         """
         self._worker.check_open("center_state_dict()")
-        center = self.center.snapshot()
-        names = self._worker.arrays.names()
-        state = model.state_dict()
-        for key, parameter in model.named_parameters(remove_duplicate=False):
-            if id(parameter) in names and key in state:
-                value = torch.from_numpy(center[names[id(parameter)]])
-                state[key] = value.to(dtype=parameter.dtype, device=parameter.device)
-        return state
+        return fill(model, self._worker.arrays.parameters(), self.center)
 
     def stats(self) -> Stats:
         """What this worker has exchanged so far, see :class:`hvd_agn.Stats`."""

@@ -1,15 +1,20 @@
 """The parameters of an optimizer as a center sees them: which take part, where they are, and if that has changed."""
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import _core
+from ..alike import Facts
 from ..client import Client
-from ..errors import LayoutError
+from ..errors import CheckpointError, LayoutError
+from ..names import match, missing
+from .facts import checksum, settings
+from .names import Named, Names
 
 
 @dataclass
@@ -33,13 +38,12 @@ class Parameters:
         named_parameters: names for them; else the optimizer's own, else their place in it.
 
     Raises:
+        ConfigError: see :class:`Names`.
         LayoutError: names a parameter that cannot be exchanged.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
-    ) -> None:
-        given = {id(parameter): name for name, parameter in named_parameters or ()}
+    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Named | None) -> None:
+        self._names = Names(optimizer, named_parameters)
         self.exchanged: list[Exchanged] = []
         self.sums: list[torch.Tensor] = []
         """Of their gradients, if these are pushed: on the CPU, of the parameters' shapes, float64 or float32."""
@@ -48,22 +52,18 @@ class Parameters:
         self._optimizer = optimizer
         self._all = _all(optimizer)
         storages: dict[tuple[Any, ...], Exchanged] = {}
-        for g, group in enumerate(optimizer.param_groups):
-            own_names = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                name = own_names[i] if own_names else f"param_groups[{g}].params[{i}]"
-                name = given.get(id(p), name)
-                if not p.requires_grad:
-                    self._frozen.append((name, p))
-                    continue
-                _refuse_unusable(name, p)
-                storage = (p.device, p.data_ptr(), p.shape, p.stride())
-                if p.numel() > 0 and storage in storages:
-                    self._tied.append((name, p, storages[storage]))
-                    continue
-                tensor = p.detach() if _direct(p) else _copy(p)
-                storages[storage] = Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
-                self.exchanged.append(storages[storage])
+        for name, p in zip(self._names.all, self._all, strict=True):
+            if not p.requires_grad:
+                self._frozen.append((name, p))
+                continue
+            _refuse_unusable(name, p)
+            storage = (p.device, p.data_ptr(), p.shape, p.stride())
+            if p.numel() > 0 and storage in storages:
+                self._tied.append((name, p, storages[storage]))
+                continue
+            tensor = p.detach() if _direct(p) else _copy(p)
+            storages[storage] = Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
+            self.exchanged.append(storages[storage])
         for name, times in collections.Counter(e.name for e in self.exchanged).items():
             if times > 1:
                 raise LayoutError(f"two parameters are named {name!r}. Give named_parameters with different names.")
@@ -95,9 +95,9 @@ class Parameters:
         """Contiguous CPU tensors with their values, as of the last :meth:`read`."""
         return [e.tensor for e in self.exchanged]
 
-    def assign(self, values: Sequence[Any]) -> None:
+    def assign(self, values: Sequence[np.ndarray]) -> None:
         """Set them to arrays of their shapes."""
-        self.put_back([torch.as_tensor(value) for value in values])
+        self.put_back([torch.from_numpy(value) for value in values])
         with torch.inference_mode(False), torch.no_grad():
             for e in self.exchanged:
                 if e.copied:
@@ -139,10 +139,51 @@ class Parameters:
                 own.copy_(values)
         client.touch([values is not None for values in sums])
 
-    def names(self) -> dict[int, str]:
-        """id of a parameter -> the name by which the center has it."""
-        own = {id(e.parameter): e.name for e in self.exchanged}
-        return own | {id(parameter): leader.name for _, parameter, leader in self._tied}
+    def parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """Those that are the center's, each with the name by which the center has it: also those that are tied."""
+        own = [(e.name, e.parameter) for e in self.exchanged]
+        return own + [(leader.name, parameter) for _, parameter, leader in self._tied]
+
+    def facts(self, optimizer: torch.optim.Optimizer) -> Facts:
+        """What the ranks should have alike besides: hyper-parameters, and what of the model the center has not."""
+        frozen = [(f"frozen parameter {name!r}", p) for name, p in self._frozen]
+        others = [
+            (f"{'parameter' if isinstance(t, torch.nn.Parameter) else 'buffer'} {name!r}, which is not exchanged,", t)
+            for name, t in self._names.others
+        ]
+        sums = {name: text for name, tensor in frozen + others if (text := checksum(tensor))}
+        places = [e for e in self.exchanged if e.name in self._names.places]
+        times = collections.Counter((e.dtype, e.shape) for e in places)
+        twins = [e for e in places if times[e.dtype, e.shape] > 1]
+        nameless = {e.name: (f"{e.dtype}{list(e.shape)}", checksum(e.tensor) or "") for e in twins}
+        return Facts({**settings(optimizer), **sums}, nameless)
+
+    def recognized(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A worker's saved state, with what it has by name under the names that mean the same here.
+
+        Raises:
+            CheckpointError: its anchor is of other parameters.
+        """
+        names, there = [e.name for e in self.exchanged], list(saved["anchor"])
+        here = {theirs: ours for ours, theirs in match(names, there).items()}
+
+        def rename(part: Mapping[str, Any]) -> dict[str, Any]:
+            return {here.get(name, name): value for name, value in part.items()}
+
+        renamed = {key: rename(saved[key]) for key in ("anchor", "snapshot", "gradients") if key in saved}
+        found = {name: f"{value.dtype}{list(value.shape)}" for name, value in renamed["anchor"].items()}
+        expected = {e.name: f"{e.dtype}{list(e.shape)}" for e in self.exchanged}
+        for name in [*expected, *found]:
+            if found.get(name) != expected.get(name):
+                instead = f": {missing(name, names, there)}" if name not in found else ""
+                raise CheckpointError(
+                    f"parameter {name!r} is {expected.get(name)} here and {found.get(name)} in the state dict{instead}."
+                )
+        if "center" in saved:
+            center = saved["center"]
+            slots = {slot: rename(values) for slot, values in center["slots"].items()}
+            renamed["center"] = {**center, "values": rename(center["values"]), "slots": slots}
+        return {**saved, **renamed}
 
     def read(self, client: Client) -> None:
         """Make sure that the client knows each parameter where it is now; fill the copies.
@@ -304,7 +345,8 @@ def _refuse_shared(exchanged: list[Exchanged]) -> None:
         if len(group) == 1:
             continue
         unit = min(e.parameter.element_size() for e in group)
-        owner = torch.zeros(group[0].parameter.untyped_storage().nbytes() // unit, dtype=torch.int32)
+        elements = group[0].parameter.untyped_storage().nbytes() // unit
+        owner = torch.zeros(elements, dtype=torch.int32, device="cpu")
         for number, e in enumerate(group, start=1):
             p, units = e.parameter, e.parameter.element_size() // unit
             strides = [stride * units for stride in p.stride()]

@@ -73,19 +73,18 @@ def read(own: Mapping[str, Any], parameters: Parameters) -> tuple[WorkerState, R
     Raises:
         CheckpointError: they are of other parameters.
     """
-    found = {name: (value.shape, value.dtype) for name, value in own["anchor"].items()}
-    expected = {e.name: (e.shape, e.dtype) for e in parameters.exchanged}
-    for name in expected.keys() | found.keys():
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"parameter {name!r} is {expected.get(name)} here and {found.get(name)} in the state dict. Load it "
-                "into the same model."
-            )
-    counters = {key: own[key] for key in ("rank", "size", "steps_since_exchange", "power", "versions") if key in own}
+    try:
+        own = parameters.recognized(own)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Load it into the same model.") from None
+    expected = [e.name for e in parameters.exchanged]
+    counters: dict[str, Any] = {
+        key: own[key] for key in ("rank", "size", "steps_since_exchange", "power", "versions") if key in own
+    }
     anchor = [own["anchor"][name] for name in expected]
     snapshot = [own["snapshot"][name] for name in expected] if "snapshot" in own else None
     sums = [own["gradients"].get(name) for name in expected] if "gradients" in own else None
-    return WorkerState(counters, anchor, snapshot, sums), _center(own.get("center"), list(expected))
+    return WorkerState(counters, anchor, snapshot, sums), _center(own.get("center"), expected)
 
 
 def _center(center: Mapping[str, Any] | None, names: Sequence[str]) -> Resume | None:

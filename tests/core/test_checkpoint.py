@@ -92,7 +92,7 @@ def write(path, names=("array 0",), dtype=np.float32, count=5, value=1.0, **meta
         (lambda path: write(path, version="x"), r"was not written by Center.save\(\)"),
         (lambda path: write(path, count=6), r"'array 0' is float32\[6\]; expected float32\[5\]"),
         (lambda path: write(path, dtype=np.float64), r"'array 0' is float64\[5\]; expected float32\[5\]"),
-        (lambda path: write(path, names=["other"]), "'array 0' is missing; expected float32"),
+        (lambda path: write(path, names=["other"]), "'array 0' is missing; 'other' is there instead; expected float32"),
         (lambda path: write(path, names=["array 0", "more"]), "also has 'more', which this center has not"),
         (lambda path: write(path, value=np.inf), "'array 0' has a NaN or an Inf"),
     ],

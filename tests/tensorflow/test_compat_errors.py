@@ -37,7 +37,7 @@ def variable(name="x", value=1.0, **arguments):
         ({"optimizer": keras.optimizers.SGD()}, TypeError, r"keras.*hvd_agn\.tensorflow\.AGNOptimizer"),
         ({"custom_getter": "/job:worker/task:0"}, TypeError, "custom_getter is a str: give the AGNCustomGetter"),
         ({"custom_getter": None}, TypeError, "custom_getter is a NoneType"),
-        ({"communication_period": 0}, ConfigError, "communication_period=0: give 1 or more"),
+        ({"communication_period": 0}, ConfigError, "communication_period=0: give a whole number of steps, 1 or more"),
         ({"communication_period": 1.5}, ConfigError, "whole number of steps"),
         ({"bias_correction": "none"}, ConfigError, "bias_correction='none': give one of tf_contrib, correct"),
     ],

@@ -15,7 +15,7 @@ from ranks import on_ranks
 
 from hvd_agn import Center, _core, mpi
 from hvd_agn.errors import LaunchError, UsageError
-from hvd_agn.tools import launch
+from hvd_agn.tools import check, launch
 
 # ---- launching
 
@@ -35,11 +35,66 @@ def test_without_a_launcher_there_is_one_rank():
     assert python(CREATE + "; print('done')") == ""
 
 
-@pytest.mark.parametrize("name", ["HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_a_launcher_that_mpi_does_not_know(monkeypatch, name):
-    monkeypatch.setenv(name, "4")
-    with pytest.raises(LaunchError, match=rf"{name} says 4 ranks, MPI says 1: .*Launch with `mpirun -np N python"):
+CLUSTER = '{"cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1", "d:1"], "ps": ["e:1"]}, "task": {"index": 0}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "types"),
+    [
+        ("OMPI_COMM_WORLD_SIZE", "4", "mpirun -np N python"),
+        ("PMI_SIZE", "4", "mpirun -np N python"),
+        ("HOROVOD_SIZE", "4", "mpirun -np N python"),
+        ("WORLD_SIZE", "4", "mpirun -np N python.*If this process is meant to train alone: `env -u WORLD_SIZE python"),
+        ("SLURM_STEP_NUM_TASKS", "4", r"srun --mpi=pmix -n 4 python .*inside the allocation.*`mpirun -np 4 python"),
+        ("TF_CONFIG", CLUSTER, "mpirun -np N python"),
+    ],
+)
+def test_a_launcher_that_mpi_does_not_know(monkeypatch, name, value, types):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=rf"{name} says 4 ranks, MPI says 1: .*Launch with `{types}"):
         Center([np.zeros(3, np.float32)])
+
+
+def test_check_says_the_same(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = check._attempt("mpi4py", check._mpi4py)
+    assert found.status == check.PROBLEM
+    assert found.finding.startswith("WORLD_SIZE says 4 ranks, MPI says 1")
+    assert "started by one" not in check._launcher().finding
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert check._attempt("mpi4py", check._mpi4py).status == check.OK
+
+
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}
+
+
+def test_variables_that_are_no_contradiction(monkeypatch):
+    """A batch script of four tasks that starts one process; a step of one task; a world of one; nonsense."""
+    alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0", "WORLD_SIZE": "1", "TF_CONFIG": '{"cluster": {}}'}
+    for name, value in (ALLOCATION | alone | {"FLUX_JOB_SIZE": "", "JSM_NAMESPACE_SIZE": "many"}).items():
+        monkeypatch.setenv(name, value)
+    Center([np.zeros(3, np.float32)]).close()
+
+
+def test_mpirun_inside_an_allocation_and_where_others_say_as_many():
+    """On nodes other than the first, mpirun's daemons are tasks of a step of their own."""
+    step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "WORLD_SIZE": "2"}
+    done = launch.run_ranks(2, [sys.executable, "-c", CREATE], timeout=60, env=ALLOCATION | step)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+TORCHRUN = """
+import numpy, hvd_agn
+hvd_agn.Center([numpy.zeros(3, numpy.float32)])
+"""
+
+
+def test_torchrun(tmp_path):
+    (tmp_path / "script.py").write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "LaunchError: WORLD_SIZE says 2 ranks, MPI says 1: these processes were started by torchrun" in done.stderr
 
 
 @pytest.mark.parametrize(

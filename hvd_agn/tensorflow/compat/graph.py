@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow.compat import v1
 
 from ... import rules
+from ...alike import Facts
 from ...errors import ConfigError, LayoutError, UsageError
 from ...worker import Worker
 from ..variables import Variables, refuse_unusable
@@ -36,6 +37,11 @@ class GraphVariables(Variables):
             name: np.zeros(variable.shape.as_list(), variable.dtype.as_numpy_dtype)
             for name, variable in zip(self.names, self.exchanged, strict=True)
         }
+
+    def facts(self, optimizer: Any) -> Facts:
+        """Hyper-parameters that are numbers, as the optimizers of TensorFlow 1 keep them."""
+        numbers = {key.strip("_"): v for key, v in vars(optimizer).items() if isinstance(v, bool | int | float)}
+        return Facts({f"the optimizer's {key}": repr(value) for key, value in numbers.items()})
 
 
 def is_ref(variable: Any) -> bool:
