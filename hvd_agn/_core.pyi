@@ -48,6 +48,9 @@ class Rule:
     def __init__(self, kind: str, hyper: dict) -> None: ...
 
     @property
+    def kind(self) -> int: ...
+
+    @property
     def slots(self) -> int: ...
 
     @property
@@ -73,7 +76,8 @@ class Plan:
 class Center:
     """Shared parameters in the host's memory."""
 
-    def __init__(self, comm: Comm, plan: Plan, layout: Layout, rule: Rule) -> None: ...
+    def __init__(self, comm: Comm, plan: Plan, layout: Layout, rules: Sequence[Rule], groups: Sequence[int]) -> None:
+        """`rules`: one per group; `groups`: of each array, its group."""
 
     def connect(self, comm: Comm, ring: int) -> None: ...
 
@@ -134,10 +138,12 @@ class Client:
 
     def unbind(self) -> None: ...
 
-    def exchange(self, steps: float, exact: bool, lr: float) -> int:
-        """Index of the array whose delta was refused, or -1."""
+    def exchange(self, steps: float, exact: bool, rates: Sequence[float]) -> int:
+        """
+        Index of the array whose delta was refused, or -1. `rates`: a learning rate per group, if a rule follows.
+        """
 
-    def start(self, steps: float, lr: float) -> None: ...
+    def start(self, steps: float, rates: Sequence[float]) -> None: ...
 
     @property
     def started(self) -> bool: ...
@@ -243,5 +249,7 @@ def mpi_thread_level() -> str: ...
 def mpi_init_address() -> int: ...
 
 def path_of(address: int) -> str: ...
+
+message_format: int = 2
 
 cuda: bool = False

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from ..client import Client
 from ..errors import LayoutError
+from ..rules.like import keeps_out_of_decay, parts_by_group, parts_of
 
 _DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
@@ -23,14 +24,18 @@ class Variables:
 
     Args:
         variables: Keras' or TensorFlow's, as they were handed to the optimizer.
+        optimizer: Keras' own, built, for its parameter groups.
 
     Raises:
         LayoutError: names a variable that cannot be exchanged.
     """
 
-    def __init__(self, variables: Sequence[Any]) -> None:
+    def __init__(self, variables: Sequence[Any], optimizer: Any) -> None:
         self.exchanged: list[tf.Variable] = []
         self.names: list[str] = []
+        self.group_of: list[int] = []
+        self._parts = parts_by_group(optimizer)
+        group_of = _groups_of(optimizer)
         seen: set[int] = set()
         for variable in variables:
             value = plain(variable)
@@ -40,6 +45,7 @@ class Variables:
             refuse_unusable(name, value)
             seen.add(id(value))
             self.exchanged.append(value)
+            self.group_of.append(group_of[id(value)])
             self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
         self.sums: list[np.ndarray] = []
         """The core's memory of what is accumulated for each, if gradients are pushed."""
@@ -51,6 +57,15 @@ class Variables:
         """Name -> a copy of its value; only until :meth:`settle`."""
         assert self._start is not None
         return self._start
+
+    @property
+    def groups(self) -> int:
+        """Of the optimizer's parameters."""
+        return len(self._parts)
+
+    def rates(self) -> tf.Tensor:
+        """The learning rate of each group in its last update, float64."""
+        return tf.stack([tf.cast(_rate_of(part), tf.float64) for part in self._parts])
 
     def settle(self, client: Client) -> None:
         """Set the variables to what the center has made of the copies; from now on ops bring them."""
@@ -90,6 +105,24 @@ class Variables:
         """Set them to what :meth:`copy` returned."""
         for variable, value in zip(self.exchanged, copy, strict=True):
             variable.assign(value)
+
+
+def _rate_of(optimizer: Any) -> Any:
+    rate = getattr(optimizer, "_learning_rate", None)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):  # which is at the next update already
+        return rate(tf.maximum(tf.convert_to_tensor(optimizer._iterations) - 1, 0))
+    return optimizer.learning_rate
+
+
+def _groups_of(optimizer: Any) -> dict[int, int]:
+    """id of a variable -> the number of its parameter group, as :func:`hvd_agn.rules.like` has them."""
+    groups, first = {}, 0
+    for part in parts_of(optimizer):
+        for variable in getattr(part, "_trainable_variables", ()):  # not of one without variables
+            kept_out = keeps_out_of_decay(part) and not part._use_weight_decay(variable)
+            groups[id(plain(variable))] = first + kept_out
+        first += 1 + keeps_out_of_decay(part)
+    return groups
 
 
 def refuse_unusable(name: str, value: Any) -> None:

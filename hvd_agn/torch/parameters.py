@@ -23,6 +23,7 @@ class Exchanged:
     address: int
     dtype: torch.dtype
     shape: torch.Size
+    group: int  # of the optimizer's param_groups
 
 
 class Parameters:
@@ -45,6 +46,7 @@ class Parameters:
         self._frozen: list[tuple[str, torch.Tensor]] = []
         self._optimizer = optimizer
         self._all = _all(optimizer)
+        self.groups = len(optimizer.param_groups)
         storages: dict[tuple[Any, ...], Exchanged] = {}
         for g, group in enumerate(optimizer.param_groups):
             own_names = group.get("param_names")
@@ -60,7 +62,7 @@ class Parameters:
                     self._tied.append((name, p, storages[storage]))
                     continue
                 tensor = p.detach() if _direct(p) else _copy(p)
-                storages[storage] = Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
+                storages[storage] = Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape, g)
                 self.exchanged.append(storages[storage])
         for name, times in collections.Counter(e.name for e in self.exchanged).items():
             if times > 1:
@@ -73,6 +75,11 @@ class Parameters:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name -> contiguous CPU tensor of each parameter that takes part."""
         return {e.name: e.tensor for e in self.exchanged}
+
+    @property
+    def group_of(self) -> list[int]:
+        """Of each parameter that takes part: the number of its group."""
+        return [e.group for e in self.exchanged]
 
     @torch.no_grad()
     def copy(self) -> list[torch.Tensor]:
