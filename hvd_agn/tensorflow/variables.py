@@ -45,7 +45,7 @@ class Variables:
             refuse_unusable(name, value)
             seen.add(id(value))
             self.exchanged.append(value)
-            self.group_of.append(group_of[id(value)])
+            self.group_of.append(group_of.get(id(value), 0))
             self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
         self.sums: list[np.ndarray] = []
         """The core's memory of what is accumulated for each, if gradients are pushed."""
