@@ -51,6 +51,9 @@ class Rule:
     def __init__(self, kind: str, hyper: dict) -> None: ...
 
     @property
+    def kind(self) -> int: ...
+
+    @property
     def slots(self) -> int: ...
 
     @property
@@ -76,7 +79,8 @@ class Plan:
 class Center:
     """Shared parameters in the host's memory."""
 
-    def __init__(self, comm: Comm, plan: Plan, layout: Layout, rule: Rule) -> None: ...
+    def __init__(self, comm: Comm, plan: Plan, layout: Layout, rules: Sequence[Rule], groups: Sequence[int]) -> None:
+        """`rules`: one per group; `groups`: of each array, its group."""
 
     def connect(self, comm: Comm, ring: int) -> None: ...
 
@@ -143,10 +147,12 @@ class Client:
 
     def unbind(self) -> None: ...
 
-    def exchange(self, steps: float, exact: bool, lr: float) -> int:
-        """Index of the array whose delta was refused, or -1."""
+    def exchange(self, steps: float, exact: bool, rates: Sequence[float]) -> int:
+        """
+        Index of the array whose delta was refused, or -1. `rates`: a learning rate per group, if a rule follows.
+        """
 
-    def start(self, steps: float, lr: float) -> None: ...
+    def start(self, steps: float, rates: Sequence[float]) -> None: ...
 
     @property
     def started(self) -> bool: ...
@@ -260,5 +266,7 @@ def mpi_thread_level() -> str: ...
 def mpi_init_address() -> int: ...
 
 def path_of(address: int) -> str: ...
+
+message_format: int = 2
 
 cuda: bool = False

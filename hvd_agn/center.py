@@ -70,7 +70,10 @@ class Center:
         arrays: name -> array, or a sequence of arrays. float32, float64, float16 or bfloat16, any shape, C-contiguous,
             writable, on the CPU; the same names and shapes on every rank. They are updated in place, and must stay
             where they are (or :meth:`Client.rebind`). The center holds float64 as float64, all others as float32.
-        rule: what the center does with a delta; None is ``rules.Add()``.
+        rule: what the center does with a delta; None is ``rules.Add()``. ``rules.Groups`` has one for each group.
+        groups: the number of each array's group, by name or in the arrays' order, the same on every rank: which rule of
+            ``rules.Groups`` is the array's, and which learning rate of a push with ``lr="follow"``. None: all are in
+            group 0.
         comm: mpi4py communicator, duplicated here; None is ``MPI.COMM_WORLD``.
         center_ranks: ranks that host the center, an equal part of its blocks (a shard) each; or ``"nodes"``: the first
             rank of every node.
@@ -106,6 +109,7 @@ class Center:
         rule: rules.Rule | None = None,
         comm: "MPI.Comm | None" = None,
         *,
+        groups: Mapping[str, int] | Sequence[int] | None = None,
         center_ranks: Sequence[int] | str = config.CENTER_RANKS,
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
@@ -126,12 +130,12 @@ class Center:
         self.rule = rules.Add() if rule is None else rule
         if not isinstance(self.rule, rules.Rule):
             raise ConfigError(f"rule={rule!r}: give one of hvd_agn.rules, such as rules.Add().")
-        pushes_values = self.rule._native().pushes_values
+        pushes_values = self.rule._natives()[0].pushes_values
         if wire_dtype is not None and pushes_values:
             raise ConfigError(f"wire_dtype={wire_dtype!r}: {self.rule} pushes parameters, not deltas. Leave it out.")
         config.choose("accumulate", accumulate, config.ACCUMULATE)
         self._gradients = accumulate == "gradients"
-        if self._gradients and (rule is None or isinstance(rule, rules.Add) or pushes_values):
+        if self._gradients and (pushes_values or any(isinstance(each, rules.Add) for each in self.rule.each)):
             raise ConfigError(
                 f"accumulate='gradients' needs a rule that takes gradients, not {rule}: give rules.SGD(lr)."
             )
@@ -163,6 +167,8 @@ class Center:
         error: Exception | None = failed
         try:  # a rank that fails alone would leave the others waiting: all learn of it first
             self._names, self._shapes, values, signature = self._describe(arrays)
+            self._group_of = rules.group_of(self.rule, self._names, groups)
+            signature += self._describe_rules()
             hosts = self._hosts(center_ranks)
             signature.append(("center_ranks", hosts))
             planes = self._initial(values, signature, resume)
@@ -203,9 +209,20 @@ class Center:
         signature.append(("block bytes (HVD_AGN_BLOCK_BYTES)", config.BLOCK_BYTES.read()))
         signature.append(("blocks of a ring (HVD_AGN_RING_BLOCKS)", config.RING_BLOCKS.read()))
         signature.append(("transport (HVD_AGN_TRANSPORT)", self._transport))
-        signature.append(("rule", repr(self.rule)))
         signature.append(("accumulate gradients", self._gradients))
+        signature.append(("format of messages", _core.message_format))
         return names, shapes, values, signature
+
+    @property
+    def groups(self) -> int:
+        """Groups of arrays, each with a rule and a learning rate of its own; 1 if that makes no difference."""
+        return max(len(self.rule.each), 1 + max(self._group_of))
+
+    def _describe_rules(self) -> list[tuple[Any, ...]]:
+        if self.groups == 1:
+            return [("rule", repr(self.rule))]
+        described = [(f"rule of group {i}", repr(rule)) for i, rule in enumerate(self.rule.each)]
+        return described + [(f"group of {name}", i) for name, i in zip(self._names, self._group_of, strict=True)]
 
     def _hosts(self, center_ranks: Sequence[int] | str) -> list[int]:
         if center_ranks == "nodes":
@@ -268,13 +285,13 @@ class Center:
     def _allocate(self, hosts: list[int], planes: list[list[np.ndarray]], version: int) -> None:
         counts = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes]
         layout = _core.Layout(counts, self._dtypes, config.BLOCK_BYTES.read())
-        rule = self.rule._native()
+        natives = self.rule._natives() * (self.groups // len(self.rule.each))  # one rule may be that of all groups
         plan = _core.Plan(self._comm, hosts, self._transport == "mailbox")
-        self.nbytes = plan.memory_bytes(self._comm, layout, rule, shared=False)
+        self.nbytes = plan.memory_bytes(self._comm, layout, natives[0], shared=False)
         """Bytes of memory that the center takes on this rank's node."""
-        shared = plan.memory_bytes(self._comm, layout, rule, shared=True)
+        shared = plan.memory_bytes(self._comm, layout, natives[0], shared=True)
         self._agree(self._refuse_surroundings(hosts, plan, shared))
-        native = self._together(lambda: _core.Center(self._comm, plan, layout, rule))
+        native = self._together(lambda: _core.Center(self._comm, plan, layout, natives, self._group_of))
         undo = native.disconnect
         self._together(lambda: native.connect(self._comm, config.RING_BLOCKS.read()), undo)
         waits = f"waits for {self._root} to write its parameters to the center"
@@ -343,6 +360,7 @@ class Center:
                     values,
                     label=self.label,
                     rule=self.rule,
+                    groups=self.groups,
                     on_nonfinite=self._on_nonfinite,
                     wire_dtype=self._wire_dtype,
                     overlap=self._overlap,
@@ -357,7 +375,7 @@ class Center:
             self._clients.append(made)
             return made
 
-    def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | None = None) -> bool:
+    def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | Sequence[float] | None = None) -> bool:
         """As :meth:`Client.exchange`, for this center's arrays.
 
         Raises:

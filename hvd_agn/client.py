@@ -51,6 +51,7 @@ class Client:
         *,
         label: str,
         rule: Rule,
+        groups: int,
         on_nonfinite: str,
         wire_dtype: str | None,
         overlap: bool,
@@ -59,6 +60,7 @@ class Client:
     ) -> None:
         self._label = label
         self._rule = rule
+        self._groups = groups
         self._on_close = on_close
         self._names = list(names)
         self._arrays = list(arrays)
@@ -117,7 +119,7 @@ class Client:
         """Say which arrays have had a gradient."""
         self._open().touch(list(arrays))
 
-    def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | None = None) -> bool:
+    def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | Sequence[float] | None = None) -> bool:
         """Push ``(arrays - anchor) / steps``, and set arrays and anchor to the center.
 
         With ``rules.Elastic``: push the arrays, and move them towards the center.
@@ -126,7 +128,8 @@ class Client:
         Args:
             steps: local steps since the last exchange, above 0.
             exact: push in the center's own type, with all that ``wire_dtype`` has rounded away so far.
-            lr: this worker's learning rate now, for a rule with ``lr="follow"``, and for no other.
+            lr: this worker's learning rate now, for a rule with ``lr="follow"``, and for no other; of several groups
+                one for all, or one for each.
 
         Returns:
             True, or False if the delta had a NaN or an Inf and was refused: then the center was not touched and the
@@ -139,8 +142,8 @@ class Client:
             StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. What was not pushed is still in the
                 arrays, or the accumulators, for the next exchange.
         """
-        rate = self._rate(lr)
-        return self._accept(lambda native: native.exchange(steps, exact, rate))
+        rates = self._rates(lr)
+        return self._accept(lambda native: native.exchange(steps, exact, rates))
 
     def _accept(self, exchange: Callable[[_core.Client], int]) -> bool:
         native = self._open()
@@ -177,7 +180,7 @@ class Client:
                 RuleOverflowWarning,
             )
 
-    def start(self, steps: float = 1, *, lr: float | None = None) -> None:
+    def start(self, steps: float = 1, *, lr: float | Sequence[float] | None = None) -> None:
         """Begin an exchange of the arrays as they are now, in the background; they may change meanwhile.
 
         Args:
@@ -187,17 +190,22 @@ class Client:
         Raises:
             UsageError: the client was not made with ``overlap=True``, an exchange is under way, or ``lr`` is missing.
         """
-        self._open().start(steps, self._rate(lr))
+        self._open().start(steps, self._rates(lr))
 
-    def _rate(self, lr: float | None) -> float:
+    def _rates(self, lr: float | Sequence[float] | None) -> list[float]:
         if (lr is None) == self._rule.follows:
             what = "needs the worker's learning rate: give lr=" if lr is None else "has its own learning rate: no lr="
             raise UsageError(f"{self._label}: {self._rule} {what}.")
         if lr is None:
-            return 0.0
-        if not (isinstance(lr, numbers.Real) and 0 <= lr < float("inf")):
+            return []
+        rates: list[Any] = list(lr) if isinstance(lr, Sequence | np.ndarray) and np.ndim(lr) else [lr] * self._groups
+        if len(rates) != self._groups:
+            raise UsageError(
+                f"{self._label}: lr={lr!r}: give one number, or one for each of the {self._groups} groups."
+            )
+        if not all(isinstance(rate, numbers.Real) and 0 <= float(rate) < float("inf") for rate in rates):
             raise UsageError(f"{self._label}: lr={lr!r}: give a finite number, 0 or more.")
-        return float(lr)
+        return [float(rate) for rate in rates]
 
     @property
     def started(self) -> bool:

@@ -6,7 +6,7 @@ TensorFlow's variables have an address only inside an op, which then calls it.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -78,6 +78,14 @@ class Settings:
 class Arrays(Protocol):
     """A framework's parameters, as a worker needs them."""
 
+    @property
+    def groups(self) -> int:
+        """Parameter groups of the optimizer."""
+
+    @property
+    def group_of(self) -> Sequence[int]:
+        """Of each tensor: the number of its group."""
+
     def tensors(self) -> Mapping[str, Any]:
         """Name -> what the center is made with."""
 
@@ -136,7 +144,7 @@ class Worker(Generic[A]):
         settings: the wrapper's arguments.
         optimizer: the wrapped optimizer, for a rule like it.
         arrays: makes the parameters; called once.
-        rates: the optimizer's learning rates now.
+        rates: the optimizer's learning rates now, one per parameter group; called at the start, and at exchanges.
         through: calls :meth:`perform` where the parameters can be reached; None: at once.
         closed: called when the center has closed.
         resume: as of :class:`hvd_agn.Center`.
@@ -150,7 +158,7 @@ class Worker(Generic[A]):
         settings: Settings,
         optimizer: Any,
         arrays: Callable[[], A],
-        rates: Callable[[], Collection[float]],
+        rates: Callable[[], Sequence[float]],
         through: Callable[[str], None] | None = None,
         closed: Callable[[], None] = lambda: None,
         resume: Resume | None = None,
@@ -172,25 +180,34 @@ class Worker(Generic[A]):
         rule = settings.rule
         tensors: Mapping[str, Any] = {}
         facts = Facts()
+
+        groups: Sequence[int] | None = None
         failed: AGNError | None = None
         try:
             if rule is None and settings.gradients:
                 rule = rules.SGD(0.0)  # stands in, should the next line fail
                 rule = rules.like(optimizer, lr=rules.FOLLOW)
-            if isinstance(rule, rules.Rule) and rule.follows:
-                _only(rates())
-            if not settings.normalize and getattr(rule, "bias_correction", None) == "tf_contrib":
+            by_worker = rule and any(getattr(each, "bias_correction", None) == "tf_contrib" for each in rule.each)
+            if not settings.normalize and by_worker:
                 raise ConfigError("bias_correction='tf_contrib' counts the steps of a mean: leave normalize=False out.")
             self.arrays = arrays()
             _close_others(self.arrays.ids())
-            tensors = self.arrays.tensors()
+            tensors, groups = self.arrays.tensors(), self.arrays.group_of
             facts = self.arrays.facts(optimizer)
+            if rule and rule.follows:
+                self._check_rates(rates())
+            if isinstance(rule, rules.Groups) and len(rule.rules) != self.arrays.groups:
+                raise ConfigError(
+                    f"{len(rule.rules)} rules in rules.Groups, {self.arrays.groups} parameter groups in the wrapped "
+                    "optimizer: give one for each."
+                )
         except AGNError as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
             tensors,
             rule,
             settings.comm,
+            groups=groups,
             center_ranks=settings.center_ranks,
             transport=settings.transport,
             wire_dtype=settings.wire_dtype,
@@ -343,14 +360,14 @@ class Worker(Generic[A]):
         if self.steps_since_exchange == 0:  # the one before was refused, and the steps since with it
             return
         self._read()
-        self.client.start(self._divisor(), lr=self._rate())
+        self.client.start(self._divisor(), lr=self._rates_now())
         self._steps_under_way, self.steps_since_exchange = self.steps_since_exchange, 0
 
     def _exchange_now(self, *, exact: bool) -> None:
         self._center_loaded = False
         self._read()
         try:
-            self.client.exchange(self._divisor(), exact=exact, lr=self._rate())
+            self.client.exchange(self._divisor(), exact=exact, lr=self._rates_now())
         except NonFiniteWarning:  # made an error by a filter: the parameters are the center's all the same
             self.steps_since_exchange = 0
             raise
@@ -423,14 +440,23 @@ class Worker(Generic[A]):
     def _divisor(self) -> int:
         return max(self.steps_since_exchange, 1) if self.settings.normalize else 1
 
-    def _rate(self) -> float | None:
-        """For a rule that follows it."""
+    def _rates_now(self) -> Sequence[float] | None:
+        """For a rule that follows them."""
         if not self.center.rule.follows:
             return None
+        rates = self._rates()
         try:
-            return _only(self._rates())
+            self._check_rates(rates)
         except ConfigError as error:
             raise ConfigError(f"{self.center.label}: {error}") from None
+        return rates[: self.center.groups]
+
+    def _check_rates(self, rates: Sequence[float]) -> None:
+        if len(rates) != self.arrays.groups:
+            raise ConfigError(
+                f"the rule follows the learning rates of {self.arrays.groups} parameter groups, the wrapped optimizer "
+                f"has {len(rates)}: give the rule a number, or leave the groups as they were at the start."
+            )
 
     # ---- checkpoints
 
@@ -555,14 +581,3 @@ def _close_others(ids: set[int]) -> None:
             "close() before the parameters are wrapped again.",
             UsageWarning,
         )
-
-
-def _only(rates: Collection[float]) -> float:
-    """The one learning rate that a rule can follow."""
-    different = sorted(set(rates))
-    if len(different) != 1:
-        found = f"the parameter groups have {different}" if different else "this optimizer has none"
-        raise ConfigError(
-            f"the rule follows one learning rate, {found}. Give the rule a number, or wrap one optimizer per group."
-        )
-    return different[0]

@@ -60,16 +60,19 @@ FEW_RULES = [
 
 
 class ReferenceCenter:
-    """A center of float32 or float64 arrays."""
+    """A center of float32 or float64 arrays; ``groups``: of each array, for ``rules.Groups`` and learning rates."""
 
-    def __init__(self, arrays, rule=None):
+    def __init__(self, arrays, rule=None, groups=None):
         self.center = [wide(a).copy() for a in arrays]
         self.rule, self.pushes = rule or rules.Add(), 0
+        self.groups = groups or [0] * len(arrays)
+        each = self.rule.each
+        self.rules = [each[group if len(each) > 1 else 0] for group in self.groups]
         self.slots = {name: [np.zeros_like(c) for c in self.center] for name in self.rule.active_slots()}
         for name in ("sum", "square_avg"):
             start = {"sum": "initial_accumulator_value", "square_avg": "initial_square_avg"}[name]
-            for slot in self.slots.get(name, []):
-                slot += slot.dtype.type(getattr(self.rule, start))
+            for slot, own in zip(self.slots.get(name, []), self.rules, strict=False):
+                slot += slot.dtype.type(getattr(own, start))
 
     @property
     def counts(self):
@@ -77,11 +80,12 @@ class ReferenceCenter:
         return [self.pushes]
 
     def push(self, index, delta, lr, power, anchor, dtype):
-        """One array's part of a push; ``lr``, ``power``, ``anchor`` and ``dtype`` are the worker's."""
+        """One array's part of a push; ``lr`` (or one per group), ``power``, ``anchor``, ``dtype`` are the worker's."""
         c = self.center[index]
         slots = {name: arrays[index] for name, arrays in self.slots.items()}
-        h = self.rule
-        lr = lr if h.follows else getattr(h, "lr", None)
+        h = self.rules[index]
+        own = lr[self.groups[index]] if isinstance(lr, list) else lr
+        lr = own if h.follows else getattr(h, "lr", None)
         before, T = c.copy(), c.dtype.type
         if h.gap_aware and self.pushes:
             typical = np.sqrt(slots["moved_sq"] / T(1 - 0.999**self.pushes)) + T(1e-12)
@@ -98,8 +102,8 @@ def add(c, delta, slots, h, t, lr, power):
 def sgd(c, delta, slots, h, t, lr, power):
     T = c.dtype.type
     gradient = -delta + T(h.weight_decay) * c
-    if h.momentum:
-        damped = T(1) if t == 1 else T(1 - h.dampening)
+    if "momentum" in slots:  # a group without momentum may have one, beside others with
+        damped = T(1) if t == 1 or not h.momentum else T(1 - h.dampening)
         slot, momentum = slots["momentum"], T(h.momentum)
         slot *= momentum
         slot += damped * gradient
@@ -143,7 +147,7 @@ def rmsprop(c, delta, slots, h, t, lr, power):
         slots["grad_avg"] += T(1 - h.alpha) * (g - slots["grad_avg"])
         square = np.maximum(square - slots["grad_avg"] * slots["grad_avg"], T(0))
     step = g / root(square, h)
-    if h.momentum:
+    if "momentum_buffer" in slots:
         slots["momentum_buffer"] *= T(h.momentum)
         slots["momentum_buffer"] += step
         step = slots["momentum_buffer"]
@@ -255,8 +259,8 @@ class ReferenceBlocks:
     Arrays begin at multiples of 64 bytes; a center of less than a block is one block.
     """
 
-    def __init__(self, arrays, rule, block_bytes):
-        self.rule = rule
+    def __init__(self, arrays, rule, block_bytes, groups=None):
+        self.rule, groups = rule, groups or [0] * len(arrays)
         self.like = [wide(a) for a in arrays]
         aligned = [-(-a.nbytes // 64) * 64 for a in self.like]
         block_bytes = min(block_bytes, max(sum(aligned), 64))
@@ -267,7 +271,12 @@ class ReferenceBlocks:
                 places.setdefault(block, []).append((i, np.flatnonzero(block_of == block)))
             start += nbytes
         self.blocks = [
-            (parts, ReferenceCenter([self.like[i].reshape(-1)[elements] for i, elements in parts], rule))
+            (
+                parts,
+                ReferenceCenter(
+                    [self.like[i].reshape(-1)[elements] for i, elements in parts], rule, [groups[i] for i, _ in parts]
+                ),
+            )
             for _, parts in sorted(places.items())
         ]
 
@@ -349,9 +358,9 @@ class GradientsClient:
         self.seen = [block.pushes for _, block in self.center.blocks]
         self.drop()
 
-    def start(self, steps):
+    def start(self, steps, lr=None):
         self.snapshot = [a.copy() for a in self.arrays]
-        self.taken = self.push(steps)
+        self.taken = self.push(steps, lr)
 
     def finish(self):
         for i, value in self.taken.items():

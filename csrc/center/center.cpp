@@ -40,26 +40,28 @@ void copy_planes(const Layout& layout, std::size_t block, std::size_t slot_strid
 }
 
 /// Writes planes to a block's image; slots without a plane get what the rule begins with.
-void fill(const Layout& layout, const Rule& rule, std::size_t block, const std::vector<std::vector<void*>>& planes,
+void fill(const Layout& layout, const Groups& groups, std::size_t block, const std::vector<std::vector<void*>>& planes,
           std::byte* image) {
-  std::memset(image, 0, round_up(layout.block_bytes() * (1 + rule.slots()), Layout::kAlignment));
+  const int slots = groups.common().slots();
+  std::memset(image, 0, round_up(layout.block_bytes() * (1 + slots), Layout::kAlignment));
   copy_planes<false>(layout, block, layout.block_bytes(), planes, image);
-  if (planes.size() > 1 || rule.slots() == 0) return;
+  if (planes.size() > 1 || slots == 0) return;
   for (const Layout::Part* part = layout.begin(block); part != layout.end(block); ++part) {
     std::byte* slot = image + layout.block_bytes() + part->block_offset;
+    const double initial = groups.rule(*part).initial;
     if (layout.dtype(*part) == DType::f64)
-      std::fill_n(reinterpret_cast<double*>(slot), part->count, rule.initial);
+      std::fill_n(reinterpret_cast<double*>(slot), part->count, initial);
     else
-      std::fill_n(reinterpret_cast<float*>(slot), part->count, static_cast<float>(rule.initial));
+      std::fill_n(reinterpret_cast<float*>(slot), part->count, static_cast<float>(initial));
   }
 }
 
 /// Reads, or writes, the blocks of the shards on other nodes.
 class Copy : public Transfer {
  public:
-  Copy(const Layout& layout, const Rule& rule, const std::vector<std::vector<void*>>& planes, Message::Kind kind,
+  Copy(const Layout& layout, const Groups& groups, const std::vector<std::vector<void*>>& planes, Message::Kind kind,
        std::uint64_t version, std::uint32_t epoch)
-      : layout_(layout), rule_(rule), planes_(planes), kind_(kind), version_(version), epoch_(epoch) {}
+      : layout_(layout), groups_(groups), planes_(planes), kind_(kind), version_(version), epoch_(epoch) {}
 
   void request(Message& head, std::byte* payload) override {
     head.kind = kind_;
@@ -67,8 +69,8 @@ class Copy : public Transfer {
     head.epoch = epoch_;
     head.looks = true;
     if (kind_ != Message::Kind::write) return;
-    head.payload_bytes = round_up(layout_.block_bytes() * (1 + rule_.slots()), Layout::kAlignment);
-    fill(layout_, rule_, head.block, planes_, payload);
+    head.payload_bytes = round_up(layout_.block_bytes() * (1 + groups_.common().slots()), Layout::kAlignment);
+    fill(layout_, groups_, head.block, planes_, payload);
   }
   void answer(const Message& head, const std::byte* payload) override {
     if (kind_ != Message::Kind::read) return;
@@ -79,7 +81,7 @@ class Copy : public Transfer {
 
  private:
   const Layout& layout_;
-  const Rule& rule_;
+  const Groups& groups_;
   const std::vector<std::vector<void*>>& planes_;
   Message::Kind kind_;
   std::uint64_t version_;  // to store; or the largest read
@@ -106,15 +108,17 @@ std::size_t Center::memory_bytes(const Comm& comm, const Plan& plan, const Layou
   return bytes;
 }
 
-Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule)
+Center::Center(Comm& comm, Plan plan, Layout layout, Groups groups)
     : plan_(std::move(plan)),
       layout_(std::move(layout)),
-      rule_(rule),
+      groups_(std::move(groups)),
       rank_(comm.world_rank()),
       node_rank_(comm.node_rank()),
       node_size_(comm.node_size()) {
   const std::size_t blocks = layout_.blocks();
   const int here = comm.rank();
+  HVD_AGN_EXPECTS(groups_.segments() == layout_.segments().size(), std::invalid_argument, "the center has ",
+                  layout_.segments().size(), " arrays, not ", groups_.segments());
   allocate(comm);
   for (std::size_t shard = 0; shard < plan_.shards(); ++shard) {
     const std::size_t begin = plan_.begin(shard, blocks), end = plan_.end(shard, blocks);
@@ -123,21 +127,22 @@ Center::Center(Comm& comm, Plan plan, Layout layout, Rule rule)
       continue;
     }
     const auto view = [&, memory = memory_of(shard)](std::size_t user) {
-      return std::make_unique<Shard>(memory, layout_, begin, end, rule_.slots(), static_cast<int>(user), comm);
+      return std::make_unique<Shard>(memory, layout_, begin, end, rule().slots(), static_cast<int>(user), comm);
     };
     const std::vector<int> ranks = plan_.direct_ranks(shard);
     shards_.push_back(view(std::find(ranks.begin(), ranks.end(), here) - ranks.begin()));
     if (plan_.host(shard) != here) continue;
     shards_.back()->format(users(plan_, shard));
-    if (!plan_.mailbox_ranks(shard).empty()) service_ = std::make_unique<Service>(view(ranks.size()), layout_, rule_);
+    if (!plan_.mailbox_ranks(shard).empty()) service_ = std::make_unique<Service>(view(ranks.size()), layout_, groups_);
   }
 }
 
 void Center::connect(Comm& comm, std::size_t ring) {
   if (plan_.mailboxes())
-    mailbox_ = std::make_unique<Mailbox>(comm, plan_, layout_.blocks(),
-                                         layout_.block_bytes() * (1 + rule_.slots()) + layout_.mask_bytes(), ring,
-                                         std::move(service_));
+    mailbox_ = std::make_unique<Mailbox>(
+        comm, plan_, layout_.blocks(),
+        layout_.block_bytes() * (1 + rule().slots()) + layout_.mask_bytes() + groups_.rates() * sizeof(double), ring,
+        std::move(service_));
 }
 
 void Center::allocate(const Comm& comm) {
@@ -145,7 +150,7 @@ void Center::allocate(const Comm& comm) {
   std::size_t own = 0;
   bool shared = false;
   for (std::size_t shard = 0; shard < plan_.shards(); ++shard) {
-    if (plan_.host(shard) == comm.rank()) own = shard_bytes(plan_, layout_, shard, rule_.slots());
+    if (plan_.host(shard) == comm.rank()) own = shard_bytes(plan_, layout_, shard, rule().slots());
     shared |= plan_.same_node(plan_.host(shard), comm.rank()) && plan_.direct_ranks(shard).size() > 1;
   }
   if (shared) {
@@ -193,7 +198,7 @@ std::uint64_t Center::read(const std::vector<std::vector<void*>>& planes) {
     }
   }
   if (mailbox() == nullptr) return largest;
-  Copy copy(layout_, rule_, planes, Message::Kind::read, largest, epoch_);
+  Copy copy(layout_, groups_, planes, Message::Kind::read, largest, epoch_);
   mailbox()->run(copy);
   return copy.version();
 }
@@ -202,12 +207,12 @@ void Center::write(const std::vector<std::vector<void*>>& planes, std::uint64_t 
   for (const auto& shard : shards_) {
     for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
       Shard::Block block = shard->lock(b);
-      fill(layout_, rule_, b, planes, block.spare());
+      fill(layout_, groups_, b, planes, block.spare());
       block.restore(version, epoch_);
     }
   }
   if (mailbox() == nullptr) return;
-  Copy copy(layout_, rule_, planes, Message::Kind::write, version, epoch_);
+  Copy copy(layout_, groups_, planes, Message::Kind::write, version, epoch_);
   mailbox()->run(copy);
 }
 

@@ -12,6 +12,7 @@
 
 #include "mailbox/mailbox.hpp"
 #include "mpi/comm.hpp"
+#include "shard/groups.hpp"
 #include "shard/layout.hpp"
 #include "shard/shard.hpp"
 
@@ -23,7 +24,7 @@ class Center {
   static std::size_t memory_bytes(const Comm& comm, const Plan& plan, const Layout& layout, int slots, bool shared);
 
   /// Collective: memory for the shards. The values are zero until write().
-  Center(Comm& comm, Plan plan, Layout layout, Rule rule);
+  Center(Comm& comm, Plan plan, Layout layout, Groups groups);
   Center(const Center&) = delete;
   Center& operator=(const Center&) = delete;
   ~Center();
@@ -35,7 +36,9 @@ class Center {
   void disconnect() { mailbox_.reset(); }
 
   const Layout& layout() const { return layout_; }
-  const Rule& rule() const { return rule_; }
+  const Groups& groups() const { return groups_; }
+  /// For what is the same in all groups.
+  const Rule& rule() const { return groups_.common(); }
   /// In MPI_COMM_WORLD, for messages.
   int rank() const { return rank_; }
   /// Shards that this rank works on itself.
@@ -90,7 +93,7 @@ class Center {
 
   Plan plan_;
   Layout layout_;
-  Rule rule_;
+  Groups groups_;
   pid_t process_ = getpid();
   int rank_, node_rank_, node_size_;
   MPI_Win window_ = MPI_WIN_NULL;  // of the node's shards

@@ -132,6 +132,13 @@ void Client::check_bound(const char* call) const {
                   " of a client whose arrays are an optimizer's variables: call the optimizer's own.");
 }
 
+void Client::set_rates(std::vector<double> rates) {
+  const std::size_t expected = center_->groups().rates();
+  HVD_AGN_EXPECTS(rates.size() == expected, std::invalid_argument, "this push brings ", rates.size(),
+                  " learning rates, not ", expected);
+  rates_ = std::move(rates);
+}
+
 std::byte* Client::target(const Layout::Part& part) const {
   if (results_.empty()) return source(part);
   return static_cast<std::byte*>(results_[part.segment]) + part.first * item_size(buffers_[part.segment].dtype);
@@ -244,14 +251,15 @@ double Client::clipped(double steps) const {
 
 // ---- the exchange
 
-std::size_t Client::exchange(double steps, bool exact, double lr) {
+std::size_t Client::exchange(double steps, bool exact, std::vector<double> rates) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("exchange()");
   check_bound("exchange()");
+  set_rates(std::move(rates));
   if (options_.gradients) choose_active(exact);
   std::size_t refused = kAccepted;
   try {
-    refused = exchange_all(steps, exact, lr);
+    refused = exchange_all(steps, exact);
   } catch (...) {
     for (std::size_t b = 0; b < pushed_.size(); ++b) pushed_[b] |= progress_[b] != Progress::untouched;
     settle_results();
@@ -265,7 +273,7 @@ std::size_t Client::exchange(double steps, bool exact, double lr) {
   return refused;
 }
 
-std::size_t Client::exchange_all(double steps, bool exact, double lr) {
+std::size_t Client::exchange_all(double steps, bool exact) {
   const Timed timed(&stats_.seconds, &counts_mutex_);
   if (const std::size_t segment = find_nonfinite(); segment != kAccepted) {
     const std::lock_guard<std::mutex> lock(counts_mutex_);
@@ -279,7 +287,6 @@ std::size_t Client::exchange_all(double steps, bool exact, double lr) {
   Mailbox* mailbox = center_->mailbox();
   Push push;
   push.steps = clipped(steps);
-  push.lr = lr;
   push.power = power_ + steps + 1;
   if (!std::isfinite(push.steps)) {  // so far from the anchor that the norm overflows
     const std::lock_guard<std::mutex> lock(counts_mutex_);
@@ -351,6 +358,7 @@ void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index,
 
 Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t index, const Push& push) {
   const Layout& layout = center_->layout();
+  const Groups& groups = center_->groups();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
     if (part != layout.begin(index)) reach(Stage::half_written, index);
@@ -362,7 +370,8 @@ Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t in
     const Piece p = piece(*part, block.data(), block.spare());
     void* const result = from_snapshot_ ? nullptr : target(*part);
     const bool copied = result && result != p.theta && !past_cache_;
-    range = std::max(range, kernels().exchange(dtype, center_->rule(), push, copied ? nullptr : result, p));
+    range = std::max(range, kernels().exchange(dtype, groups.rule(*part), groups.push(push, *part, rates_),
+                                               copied ? nullptr : result, p));
     if (copied) std::memcpy(result, p.anchor, p.count * item_size(dtype));
   }
   return range;
@@ -371,18 +380,19 @@ Range Client::push_fused(Shard& shard, const Shard::Block& block, std::size_t in
 Range Client::push_staged(Shard& shard, const Shard::Block& block, std::size_t index, Push push) {
   const double steps = std::exchange(push.steps, 1);
   const Layout& layout = center_->layout();
-  const Rule& rule = center_->rule();
+  const Groups& groups = center_->groups();
   Range range = Range::normal;
   for (const Layout::Part* part = layout.begin(index); part != layout.end(index); ++part) {
     if (part != layout.begin(index)) reach(Stage::half_written, index);
     if (!active(*part, false)) {
-      keep_part(layout, *part, rule.slots(), shard.slot_stride(), block.data(), block.spare());
+      keep_part(layout, *part, groups.common().slots(), shard.slot_stride(), block.data(), block.spare());
       continue;
     }
     take_delta(*part, steps, staged_.data(), nullptr);
     Piece p = piece(*part, block.data(), block.spare());
     p.theta = staged_.data() + part->block_offset;
-    range = std::max(range, apply_staged(layout.dtype(*part), rule, push, p, buffers_[part->segment].dtype));
+    range = std::max(range, apply_staged(layout.dtype(*part), groups.rule(*part), groups.push(push, *part, rates_), p,
+                                         buffers_[part->segment].dtype));
   }
   // Only now, when no part can fail any more.
   drop_sums(index, false);

@@ -77,13 +77,13 @@ class Client {
   /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf: then
   /// neither the center nor the buffers were touched. `exact`: in the center's type whatever the wire, with all that
   /// was rounded away before.
-  /// `lr`: the worker's, for a rule that follows it.
-  std::size_t exchange(double steps, bool exact, double lr);
+  /// `rates`: the worker's learning rates, as many as Groups::rates(), for rules that follow them.
+  std::size_t exchange(double steps, bool exact, std::vector<double> rates);
   /// Something was rounded away and is still to be pushed.
   bool owes() const;
 
   /// Takes a snapshot of the buffers and exchanges that in the background.
-  void start(double steps, double lr);
+  void start(double steps, std::vector<double> rates);
   /// Whether start() was called without finish(); whether finish() would not wait.
   bool started() const { return started_; }
   bool ready() const { return started_ && landed_; }
@@ -134,6 +134,7 @@ class Client {
   std::unique_lock<std::mutex> enter() const;
   std::unique_lock<std::mutex> enter_grounded(const char* call) const;
   void check_bound(const char* call) const;
+  void set_rates(std::vector<double> rates);
   std::byte* target(const Layout::Part& part) const;
   void settle_results();
   void copy_to_results();
@@ -142,7 +143,7 @@ class Client {
   bool finite_block(std::size_t block, std::size_t* segment) const;
   std::size_t find_nonfinite() const;
   double clipped(double steps) const;
-  std::size_t exchange_all(double steps, bool exact, double lr);
+  std::size_t exchange_all(double steps, bool exact);
   void exchange_shard(Shard& shard, const Push& push);
   void exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push);
   Range push_fused(Shard& shard, const Shard::Block& block, std::size_t index, const Push& push);
@@ -153,7 +154,7 @@ class Client {
   void received(std::size_t block, std::uint64_t version, bool pushed, bool refused, Range range);
 
   // exchange_overlap.cpp
-  std::size_t fly(double steps, double lr);
+  std::size_t fly(double steps);
   void settle_untouched();
 
   // exchange_gradients.cpp
@@ -197,6 +198,7 @@ class Client {
   std::vector<std::size_t> offset_;  // of each segment in anchor and snapshot
   std::size_t push_bytes_ = 0;
   bool past_cache_ = false;        // the arrays are more than a cache holds
+  std::vector<double> rates_;      // learning rates of the exchange under way
   std::vector<std::size_t> busy_;  // blocks put off because another held them
   double power_ = 0;               // steps and pushes so far
   std::vector<std::byte> staged_;  // one block's delta, for a rule that takes several passes over it

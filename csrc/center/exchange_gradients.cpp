@@ -127,7 +127,9 @@ void Client::exchange_gradient(Shard& shard, const Shard::Block& block, const La
   const Piece sum = {
       accumulator(part),   nullptr,   block.data() + part.block_offset, block.spare() + part.block_offset,
       shard.slot_stride(), part.count};
-  *range = std::max(*range, kernels().apply(layout.dtype(part), center_->rule(), push, sum));
+  const Groups& groups = center_->groups();
+  *range =
+      std::max(*range, kernels().apply(layout.dtype(part), groups.rule(part), groups.push(push, part, rates_), sum));
   const Piece p = piece(part, nullptr, nullptr);
   const Piece taken = {
       from_snapshot_ ? nullptr : target(part), p.anchor, static_cast<std::byte*>(sum.theta), nullptr, 0, part.count};

@@ -1,15 +1,17 @@
 // Overlap: the exchange of a snapshot in the background, and what becomes of it.
 #include <cstring>
+#include <utility>
 
 #include "center/exchange.hpp"
 
 namespace hvd_agn {
 
-void Client::start(double steps, double lr) {
+void Client::start(double steps, std::vector<double> rates) {
   HVD_AGN_EXPECTS(steps > 0, std::invalid_argument, "exchange after ", steps, " steps: give a positive number");
   const auto guard = enter_grounded("start()");
   check_bound("start()");
   HVD_AGN_EXPECTS(snapshot_, UsageError, "[rank ", center_->rank(), "] start() needs a client made with overlap=True.");
+  set_rates(std::move(rates));
   for (std::size_t s = 0; s < buffers_.size(); ++s) {
     const std::size_t bytes = buffers_[s].count * item_size(buffers_[s].dtype);
     if (past_cache_)
@@ -22,7 +24,7 @@ void Client::start(double steps, double lr) {
   from_snapshot_ = true;
   landed_ = false;
   try {
-    flight_ = std::async(std::launch::async, [this, steps, lr] { return fly(steps, lr); });
+    flight_ = std::async(std::launch::async, [this, steps] { return fly(steps); });
   } catch (...) {  // no thread to be had
     from_snapshot_ = false;
     if (options_.gradients) settle_gradients();
@@ -31,9 +33,9 @@ void Client::start(double steps, double lr) {
   started_ = true;
 }
 
-std::size_t Client::fly(double steps, double lr) {
+std::size_t Client::fly(double steps) {
   try {
-    const std::size_t refused = exchange_all(steps, false, lr);
+    const std::size_t refused = exchange_all(steps, false);
     if (refused != kAccepted) std::memcpy(snapshot_.get(), anchor_.get(), anchor_bytes_);  // nothing to be merged
     landed_ = true;
     return refused;

@@ -58,7 +58,6 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
   const Layout& layout = c.center_->layout();
   head.kind = Message::Kind::push;
   head.version = c.seen_[head.block];
-  head.lr = push_.lr;
   head.power = push_.power;
   head.wire = exact_ ? Wire::center : c.options_.wire;
   c.ask(head);
@@ -86,6 +85,11 @@ void Client::PushTransfer::request(Message& head, std::byte* payload) {
       std::memset(residual + part->block_offset, 0, layout.bytes(*part));
   }
   if (head.masked) head.payload_bytes += layout.mask_bytes();
+  if (!c.rates_.empty()) {
+    const std::size_t bytes = c.rates_.size() * sizeof(double);
+    std::memcpy(payload + head.payload_bytes, c.rates_.data(), bytes);
+    head.payload_bytes += bytes;
+  }
   const std::lock_guard<std::mutex> lock(c.counts_mutex_);
   c.progress_[head.block] = Progress::sent;
   c.stats_.wire_bytes += head.payload_bytes;

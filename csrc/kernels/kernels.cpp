@@ -153,10 +153,10 @@ Range pass(DType dtype, const Rule& rule, const Push& push, const Piece& p, void
     case Rule::Kind::adagrad:
       return pass_rule<kPass, Adagrad>(dtype, rule, push, p, result);
     case Rule::Kind::rmsprop:
-      if (rule.centered && rule.momentum != 0)
+      if (rule.centered && rule.buffered)
         return pass_rule<kPass, CenteredMomentumRmsprop>(dtype, rule, push, p, result);
       if (rule.centered) return pass_rule<kPass, CenteredRmsprop>(dtype, rule, push, p, result);
-      if (rule.momentum != 0) return pass_rule<kPass, MomentumRmsprop>(dtype, rule, push, p, result);
+      if (rule.buffered) return pass_rule<kPass, MomentumRmsprop>(dtype, rule, push, p, result);
       return pass_rule<kPass, PlainRmsprop>(dtype, rule, push, p, result);
     case Rule::Kind::lion:
       return pass_rule<kPass, Lion>(dtype, rule, push, p, result);

@@ -31,6 +31,7 @@ struct Rule {
   bool own_count = false;   // adam: bias correction with the worker's own count
   bool eps_hat = false;     // adam: epsilon is added to sqrt(v) before its correction
   bool centered = false;    // rmsprop
+  bool buffered = false;    // rmsprop: keeps a momentum, be it 0
   bool eps_inside = false;  // adagrad, rmsprop: sqrt(square + eps)
   bool follow = false;      // the learning rate comes with the push
   bool gap_aware = false;   // a delta counts less where the center has moved far since its worker pulled
@@ -62,7 +63,7 @@ struct Rule {
       case Kind::delayed_nesterov:
         return 2;
       case Kind::rmsprop:
-        return 1 + centered + (momentum != 0);
+        return 1 + centered + buffered;
       case Kind::custom:
         return function_slots;
     }

@@ -28,10 +28,13 @@
 
 namespace hvd_agn {
 
+/// Of what messages hold. All ranks need the same: another if a line below changes, or what payloads are made of.
+constexpr int kMessageFormat = 2;
+
 /// Head of a request and of its answer.
 struct Message {
   enum class Kind : std::uint8_t {
-    push,     // payload: delta; answer: the block
+    push,     // payload: delta, mask if there is one, learning rates of the groups if a rule follows; answer: the block
     pull,     // no payload; answer: the block
     read,     // no payload; answer: the block and its slots
     write,    // payload: the block and its slots; answer: none
@@ -40,7 +43,7 @@ struct Message {
   std::uint64_t block = 0;
   std::uint64_t version = 0;        // answer: the block's; push: as the worker last saw it; write: what to store
   std::uint64_t payload_bytes = 0;  // behind this head
-  double lr = 0, power = 0;         // push: as in Push
+  double power = 0;                 // push: as in Push
   std::uint32_t client = 0;         // of the worker's process
   std::uint32_t epoch = 0;          // that the worker works in; write: to begin
   Kind kind = Kind::pull;
@@ -48,13 +51,13 @@ struct Message {
   Wire answer_wire = Wire::center;  // of the answer; with `difference`, of the block less what the client has of it
   bool half_values = false;         // answer: the block itself in the half type `answer_wire`
   bool difference = false;
-  bool mirrored = false;          // the host is to remember what this client has of the block
-  bool refused = false;           // answer: the rule overflowed, the block stayed as it was
-  bool failed = false;            // answer: the rule's function failed, the block stayed; payload: why
-  bool masked = false;            // push: a bit for each part follows; only parts whose bit is set are pushed
-  bool looks = false;             // pull, read: a later epoch will do
-  bool restored = false;          // answer: the block is in a later epoch, nothing was done
-  std::uint8_t reserved[5] = {};  // a window's base is aligned to 8 bytes only
+  bool mirrored = false;           // the host is to remember what this client has of the block
+  bool refused = false;            // answer: the rule overflowed, the block stayed as it was
+  bool failed = false;             // answer: the rule's function failed, the block stayed; payload: why
+  bool masked = false;             // push: a bit for each part comes next; only parts whose bit is set are pushed
+  bool looks = false;              // pull, read: a later epoch will do
+  bool restored = false;           // answer: the block is in a later epoch, nothing was done
+  std::uint8_t reserved[13] = {};  // a window's base is aligned to 8 bytes only
 };
 static_assert(sizeof(Message) == 64);
 

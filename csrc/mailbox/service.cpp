@@ -48,8 +48,12 @@ DType half_type(const Message& head) {
 
 }  // namespace
 
-Service::Service(std::unique_ptr<Shard> shard, const Layout& layout, const Rule& rule)
-    : shard_(std::move(shard)), layout_(layout), rule_(rule), values_(layout.block_bytes()) {}
+Service::Service(std::unique_ptr<Shard> shard, const Layout& layout, const Groups& groups)
+    : shard_(std::move(shard)),
+      layout_(layout),
+      groups_(groups),
+      rates_(groups.rates()),
+      values_(layout.block_bytes()) {}
 
 bool Service::respond(int worker, Message& head, std::byte* payload) {
   using Kind = Message::Kind;
@@ -71,6 +75,8 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
     }
     switch (head.kind) {
       case Kind::push:
+        if (const std::size_t bytes = rates_.size() * sizeof(double); bytes > 0)
+          std::memcpy(rates_.data(), payload + head.payload_bytes - bytes, bytes);
         if (head.wire != Wire::center)
           decode_block(layout_, head.block, head.wire, payload, false, values);
         else if (!in_place)
@@ -116,10 +122,11 @@ std::string Service::blocked(const Message& head) const {
 
 void Service::push(int worker, Shard::Block& block, Message& head, std::byte* values, const std::byte* mask) {
   const std::uint64_t version = block.version();
-  const double weight = rule_.weight(version > head.version ? version - head.version : 0);
-  const Push push = {1, weight, version, head.lr, head.power};
+  const Rule& common = groups_.common();
+  const double weight = common.weight(version > head.version ? version - head.version : 0);
+  const Push push = {1, weight, version, 0, head.power};
   std::byte* had = nullptr;
-  if (rule_.gap_aware) {
+  if (common.gap_aware) {
     had = mirror(worker, head);
     HVD_AGN_EXPECTS(had, std::runtime_error, "no memory for a copy of the shard, which gap_aware needs of each worker");
   }
@@ -128,18 +135,20 @@ void Service::push(int worker, Shard::Block& block, Message& head, std::byte* va
     if (part != layout_.begin(head.block)) reach(Stage::half_written, head.block);
     const std::size_t at = part->block_offset;
     if (mask && !in_mask(mask, part - layout_.begin(head.block))) {
-      keep_part(layout_, *part, rule_.slots(), shard_->slot_stride(), block.data(), block.spare());
+      keep_part(layout_, *part, common.slots(), shard_->slot_stride(), block.data(), block.spare());
       std::memcpy(values + at, block.data() + at, layout_.bytes(*part));
       continue;
     }
     Piece piece = {values + at, nullptr, block.data() + at, block.spare() + at, shard_->slot_stride(), part->count};
     const DType dtype = layout_.dtype(*part);
-    if (!rule_.staged()) {
-      range = std::max(range, kernels().apply(dtype, rule_, push, piece));
+    const Rule& rule = groups_.rule(*part);
+    const Push own = groups_.push(push, *part, rates_);
+    if (!rule.staged()) {
+      range = std::max(range, kernels().apply(dtype, rule, own, piece));
       continue;
     }
     if (had) piece.anchor = had + at;
-    range = std::max(range, apply_staged(dtype, rule_, push, piece, head.half_values ? half_type(head) : dtype));
+    range = std::max(range, apply_staged(dtype, rule, own, piece, head.half_values ? half_type(head) : dtype));
   }
   head.refused = range == Range::nonfinite;
   if (head.refused) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "mailbox/mailbox.hpp"
+#include "shard/groups.hpp"
 #include "shard/shard.hpp"
 
 namespace hvd_agn {
@@ -14,7 +15,7 @@ namespace hvd_agn {
 class Service : public Responder {
  public:
   /// `shard`: a view with a spare of its own.
-  Service(std::unique_ptr<Shard> shard, const Layout& layout, const Rule& rule);
+  Service(std::unique_ptr<Shard> shard, const Layout& layout, const Groups& groups);
 
   bool respond(int worker, Message& head, std::byte* payload) override;
   std::string blocked(const Message& head) const override;
@@ -23,7 +24,7 @@ class Service : public Responder {
   /// The shard's values as a client has them; answers with `difference` tell it what has changed since.
   using Mirror = std::unique_ptr<std::byte[]>;
 
-  /// `mask`: null if all parts are pushed.
+  /// `mask`: null if all parts are pushed. `rates_` are the push's.
   void push(int worker, Shard::Block& block, Message& head, std::byte* values, const std::byte* mask);
   void encode(int worker, Message& head, std::byte* values, std::byte* payload);
   /// Null if there is no memory for it.
@@ -31,7 +32,8 @@ class Service : public Responder {
 
   std::unique_ptr<Shard> shard_;
   const Layout& layout_;
-  Rule rule_;
+  const Groups& groups_;
+  std::vector<double> rates_;
   std::vector<std::byte> values_;                            // of one block, in the center's types
   std::map<std::pair<int, std::uint32_t>, Mirror> mirrors_;  // by worker and client
 };

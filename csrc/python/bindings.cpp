@@ -167,7 +167,7 @@ Rule rule_of(const std::string& kind, const nb::dict& hyper) {
   static const std::map<std::string, bool Rule::*> flags = {
       {"nesterov", &Rule::nesterov}, {"decoupled", &Rule::decoupled}, {"own_count", &Rule::own_count},
       {"eps_hat", &Rule::eps_hat},   {"centered", &Rule::centered},   {"eps_inside", &Rule::eps_inside},
-      {"follow", &Rule::follow},     {"gap_aware", &Rule::gap_aware}};
+      {"follow", &Rule::follow},     {"gap_aware", &Rule::gap_aware}, {"buffered", &Rule::buffered}};
   static const std::map<std::string, double Rule::*> numbers = {
       {"scale", &Rule::scale},         {"lr", &Rule::lr},          {"weight_decay", &Rule::weight_decay},
       {"momentum", &Rule::momentum},   {"beta1", &Rule::beta1},    {"dampening", &Rule::dampening},
@@ -228,6 +228,7 @@ void bind_center(nb::module_& m) {
           "__init__",
           [](Rule* self, const std::string& kind, const nb::dict& hyper) { new (self) Rule(rule_of(kind, hyper)); },
           "kind"_a, "hyper"_a, nb::keep_alive<1, 3>())
+      .def_prop_ro("kind", [](const Rule& self) { return static_cast<int>(self.kind); })
       .def_prop_ro("slots", &Rule::slots)
       .def_prop_ro("pushes_values", &Rule::pushes_values);
 
@@ -257,8 +258,14 @@ void bind_center(nb::module_& m) {
           "comm"_a, "layout"_a, "rule"_a, "shared"_a);
 
   nb::class_<Center>(m, "Center", "Shared parameters in the host's memory.")
-      .def(nb::init<Comm&, Plan, Layout, Rule>(), "comm"_a, "plan"_a, "layout"_a, "rule"_a, nb::keep_alive<1, 5>(),
-           Release())
+      .def(
+          "__init__",
+          [](Center* self, Comm& comm, Plan plan, Layout layout, std::vector<Rule> rules,
+             std::vector<std::uint32_t> of) {
+            new (self) Center(comm, std::move(plan), std::move(layout), Groups(std::move(rules), std::move(of)));
+          },
+          "comm"_a, "plan"_a, "layout"_a, "rules"_a, "groups"_a, nb::keep_alive<1, 5>(), Release(),
+          "`rules`: one per group; `groups`: of each array, its group.")
       .def("connect", &Center::connect, "comm"_a, "ring"_a, Release())
       .def("disconnect", &Center::disconnect, Release())
       .def(
@@ -332,9 +339,12 @@ void bind_client(nb::module_& m) {
       .def("unbind", &Client::unbind, Release())
       .def(
           "exchange",
-          [](Client& self, double steps, bool exact, double lr) { return refusal(self.exchange(steps, exact, lr)); },
-          "steps"_a, "exact"_a, "lr"_a, Release(), "Index of the array whose delta was refused, or -1.")
-      .def("start", &Client::start, "steps"_a, "lr"_a, Release())
+          [](Client& self, double steps, bool exact, std::vector<double> rates) {
+            return refusal(self.exchange(steps, exact, std::move(rates)));
+          },
+          "steps"_a, "exact"_a, "rates"_a, Release(),
+          "Index of the array whose delta was refused, or -1. `rates`: a learning rate per group, if a rule follows.")
+      .def("start", &Client::start, "steps"_a, "rates"_a, Release())
       .def_prop_ro("started", &Client::started)
       .def_prop_ro("ready", &Client::ready)
       .def(
@@ -399,6 +409,7 @@ NB_MODULE(_core, m) {
   m.def("mpi_thread_level", &mpi_thread_level);
   m.def("mpi_init_address", &mpi_init_address);
   m.def("path_of", &path_of, "address"_a);
+  m.attr("message_format") = kMessageFormat;
   m.attr("cuda") = false;
 }
 

@@ -5,6 +5,7 @@
 #endif
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <cstdio>
@@ -29,7 +30,7 @@ namespace {
 struct Worker {
   Client* client;     // of `owner`
   PyObject* owner;    // the Python object that holds the client
-  PyObject* decides;  // called with what the op asks for, the updates and the rate; gives the updates left and a text
+  PyObject* decides;  // called with what the op asks for, the updates and the rates; gives the updates left and a text
   std::mutex calls;   // one at a time: each brings the arrays
   std::atomic<std::thread::id> caller{};
   std::mutex mutex;  // of the text
@@ -91,10 +92,11 @@ class Denormals {
 };
 
 /// Asks Python, which calls the client; never throws what Python raised.
-std::pair<std::int64_t, std::string> ask(const Worker& worker, const char* what, double rate, std::int64_t since) {
+std::pair<std::int64_t, std::string> ask(const Worker& worker, const char* what, Rates rates, std::int64_t since) {
   const nb::gil_scoped_acquire gil;
   try {
-    return nb::cast<std::pair<std::int64_t, std::string>>(nb::handle(worker.decides)(what, since, rate));
+    const std::vector<double> values(rates.values, rates.values + rates.count);
+    return nb::cast<std::pair<std::int64_t, std::string>>(nb::handle(worker.decides)(what, since, values));
   } catch (nb::python_error& error) {  // a fault of ours: it keeps what it raises
     return {since, error.what()};
   }
@@ -149,7 +151,7 @@ void keep_values(const OpArray* arrays, std::size_t count) {
     if (arrays[i].out && arrays[i].bytes > 0) __builtin_memmove(arrays[i].out, arrays[i].in, arrays[i].bytes);
 }
 
-Outcome call(std::int64_t number, const char* what, double rate, const OpArray* arrays, std::size_t count,
+Outcome call(std::int64_t number, const char* what, Rates rates, const OpArray* arrays, std::size_t count,
              std::int64_t* since) {
   const auto worker = find(number);
   if (!worker) {
@@ -163,7 +165,7 @@ Outcome call(std::int64_t number, const char* what, double rate, const OpArray* 
     const Caller caller(&worker->caller);
     const Denormals denormals;
     const Bound bound(*worker->client, arrays, count);
-    auto [left, text] = ask(*worker, what, rate, *since);
+    auto [left, text] = ask(*worker, what, rates, *since);
     *since = left;
     return text.empty() ? Outcome::done : worker->keep(std::move(text));
   } catch (const std::exception& error) {

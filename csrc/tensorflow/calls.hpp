@@ -14,15 +14,20 @@ struct OpArray {
   std::size_t bytes;
 };
 
+/// Learning rates now, one per group of the worker's arrays; where none is followed, any.
+struct Rates {
+  const double* values;
+  std::size_t count;
+};
+
 /// What became of a call: `kept`: the worker keeps an error for raise(); `gone`: there is no such worker any more.
 enum class Outcome { done, kept, gone };
 
 /// Functions throw nothing. A worker is a number that the core gave out; `text` of what failed ends with a zero.
 struct CoreCalls {
   /// Calls the worker with its variables where they are now. `*since`: updates applied since its last exchange, before
-  /// and after the call; `rate`: the learning rate now. `out` is complete whatever comes of it. Blocks as long as an
-  /// exchange does.
-  Outcome (*call)(std::int64_t worker, const char* what, double rate, const OpArray* arrays, std::size_t count,
+  /// and after the call. `out` is complete whatever comes of it. Blocks as long as an exchange does.
+  Outcome (*call)(std::int64_t worker, const char* what, Rates rates, const OpArray* arrays, std::size_t count,
                   std::int64_t* since);
   /// Adds gradients to those since the last exchange; `in` is null where there is none. Returns as call() does.
   Outcome (*accumulate)(std::int64_t worker, const OpArray* gradients, std::size_t count);

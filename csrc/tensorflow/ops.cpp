@@ -106,6 +106,11 @@ void set_scalar(TF_OpKernelContext* context, int index, TF_DataType type, T valu
   if (TF_GetCode(status) == TF_OK) *static_cast<T*>(TF_TensorData(tensor.tensor)) = value;
 }
 
+/// An input of double, of any shape.
+Rates rates_of(const Tensor& tensor) {
+  return {static_cast<const double*>(tensor.data()), tensor.bytes() / sizeof(double)};
+}
+
 /// The first `count` inputs.
 std::vector<Tensor> inputs(TF_OpKernelContext* context, int count, TF_Status* status) {
   std::vector<Tensor> values;
@@ -115,7 +120,7 @@ std::vector<Tensor> inputs(TF_OpKernelContext* context, int count, TF_Status* st
 
 // ---- the ops
 
-/// HvdAgnExchange: the last inputs are the updates since the last exchange and the learning rate, the last outputs
+/// HvdAgnExchange: the last inputs are the updates since the last exchange and the learning rates, the last outputs
 /// those updates after it and whether an error is kept; HvdAgnRaise raises it when the new values have been assigned,
 /// so that none is lost.
 void exchange(void* kernel, TF_OpKernelContext* context) try {
@@ -124,14 +129,14 @@ void exchange(void* kernel, TF_OpKernelContext* context) try {
   const int count = TF_NumInputs(context) - 2;
   std::vector<Tensor> values = inputs(context, count, status);
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
-  const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
+  const Tensor rates = status.ok() ? input(context, count + 1, status) : Tensor();
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
   const auto vacated = vacated_of(attributes.worker);
   const std::vector<Tensor> results = vacated->take(values);
   std::vector<OpArray> arrays;
   for (int i = 0; i < count; ++i) arrays.push_back({values[i].data(), results[i].data(), values[i].bytes()});
   const Outcome outcome =
-      core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since);
+      core->call(attributes.worker, attributes.call.c_str(), rates_of(rates), arrays.data(), arrays.size(), &since);
   for (int i = 0; i < count && status.ok(); ++i) TF_SetOutput(context, i, results[i].tensor, status);
   if (outcome == Outcome::gone)
     leave(attributes.worker);
@@ -152,11 +157,11 @@ void start(void* kernel, TF_OpKernelContext* context) try {
   const int count = TF_NumInputs(context) - 2;
   const std::vector<Tensor> values = inputs(context, count, status);
   auto since = status.ok() ? scalar<std::int64_t>(context, count, status) : 0;
-  const auto rate = status.ok() ? scalar<double>(context, count + 1, status) : 0;
+  const Tensor rates = status.ok() ? input(context, count + 1, status) : Tensor();
   if (!status.ok()) return TF_OpKernelContext_Failure(context, status);
   std::vector<OpArray> arrays;
   for (const Tensor& value : values) arrays.push_back({value.data(), nullptr, value.bytes()});
-  if (core->call(attributes.worker, attributes.call.c_str(), rate, arrays.data(), arrays.size(), &since) !=
+  if (core->call(attributes.worker, attributes.call.c_str(), rates_of(rates), arrays.data(), arrays.size(), &since) !=
       Outcome::done)
     return fail_with_kept(context, attributes.worker);
   set_scalar(context, 0, TF_INT64, since, status);
@@ -243,10 +248,10 @@ void define(const char* name, const std::vector<const char*>& attributes, const 
 
 const bool defined = [] {
   define("HvdAgnExchange", {HVD_AGN_FLOATS "1", "worker: int", "call: string"},
-         {"values: T", "since: int64", "rate: double"}, {"results: T", "left: int64", "failed: bool"}, &exchange_shapes,
-         &create<true, false>, &exchange);
+         {"values: T", "since: int64", "rates: double"}, {"results: T", "left: int64", "failed: bool"},
+         &exchange_shapes, &create<true, false>, &exchange);
   define("HvdAgnStart", {HVD_AGN_FLOATS "1", "worker: int", "call: string"},
-         {"values: T", "since: int64", "rate: double"}, {"left: int64"}, &one_scalar, &create<true, false>, &start);
+         {"values: T", "since: int64", "rates: double"}, {"left: int64"}, &one_scalar, &create<true, false>, &start);
   define("HvdAgnAccumulate", {HVD_AGN_FLOATS "1", "worker: int", "places: list(int)", "arrays: int"}, {"gradients: T"},
          {}, &no_shapes, &create<false, true>, &accumulate);
   define("HvdAgnReady", {"worker: int"}, {"due: bool"}, {"ready: bool"}, &one_scalar, &create<false, false>, &ready);

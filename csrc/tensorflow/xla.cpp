@@ -38,7 +38,7 @@ xla::Error* failure(const xla::Frame& frame, const char* text) {
   return frame.api->create_error(&arguments);
 }
 
-/// Arguments: the variables, the updates since the last exchange, the learning rate. Results: the variables, those
+/// Arguments: the variables, the updates since the last exchange, the learning rates. Results: the variables, those
 /// updates after it.
 xla::Error* exchange(xla::Frame* frame) {
   for (xla::Extension* e = frame->extensions; e; e = e->next) {
@@ -59,11 +59,11 @@ xla::Error* exchange(xla::Frame* frame) {
   for (std::int64_t i = 0; i < count; ++i)
     arrays.push_back({argument(i)->data, result(i)->data, bytes_of(*argument(i))});
   std::int64_t since;
-  double rate;
   std::memcpy(&since, argument(count)->data, sizeof since);
-  std::memcpy(&rate, argument(count + 1)->data, sizeof rate);
+  const xla::Buffer& last = *argument(count + 1);
+  const Rates rates = {static_cast<const double*>(last.data), bytes_of(last) / sizeof(double)};
   const std::int64_t number = *static_cast<const std::int64_t*>(worker->value);
-  if (core->call(number, std::string(what->data, what->size).c_str(), rate, arrays.data(), arrays.size(), &since) ==
+  if (core->call(number, std::string(what->data, what->size).c_str(), rates, arrays.data(), arrays.size(), &since) ==
       Outcome::gone) {
     char text[1024];
     core->raise(number, text, sizeof text);

@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,15 +67,28 @@ class Rule:
         """Whether the learning rate is that of the worker that pushes."""
         return getattr(self, "lr", None) == FOLLOW
 
+    @property
+    def each(self) -> "tuple[Rule, ...]":
+        """Of :class:`Groups` the rules of the groups; else the rule itself."""
+        return (self,)
+
     def _kind(self) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{type(self).__name__} is not a rule: use one of hvd_agn.rules, such as rules.Add().")
 
-    def _native(self) -> _core.Rule:
-        kind, hyper = self._kind()
+    def _keeping(self, slots: Collection[str]) -> tuple[str, dict[str, Any]]:
+        """As :meth:`_kind`, with slots that this rule alone may not need."""
+        return self._kind()
+
+    def _native(self, slots: Collection[str] = ()) -> _core.Rule:
+        kind, hyper = self._keeping(slots)
         if hyper.get("lr") == FOLLOW:
             hyper |= {"lr": 0.0, "follow": True}
         modifiers = {"staleness": self.staleness, "clip_norm": self.clip_norm or 0.0, "gap_aware": self.gap_aware}
         return _core.Rule(kind, hyper | modifiers)
+
+    def _natives(self) -> list[_core.Rule]:
+        """One for each of :attr:`each`, all with the same slots."""
+        return [self._native()]
 
     def active_slots(self) -> tuple[str, ...]:
         """Names of the arrays, each as large as the center, that this rule keeps there."""

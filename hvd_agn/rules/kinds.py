@@ -1,6 +1,6 @@
 """The rules. Their arithmetic is in ``csrc/kernels/kernels_rules.hpp``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,6 +76,12 @@ class SGD(Rule):
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         return "momentum" if self.momentum else "sgd", hyper_of(self)
+
+    def _keeping(self, slots: Collection[str]) -> tuple[str, dict[str, Any]]:
+        kind, hyper = self._kind()
+        if "momentum" not in slots or kind == "momentum":
+            return kind, hyper
+        return "momentum", hyper | {"dampening": 0.0}  # the same bits, and the slot is the gradient
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,7 +228,11 @@ class RMSprop(Rule):
 
     def _kind(self) -> tuple[str, dict[str, Any]]:
         renamed = {"beta2": "alpha", "eps_inside": "eps_inside_root", "initial": "initial_square_avg"}
-        return "rmsprop", hyper_of(self, **renamed)
+        return "rmsprop", hyper_of(self, **renamed) | {"buffered": self.momentum != 0}
+
+    def _keeping(self, slots: Collection[str]) -> tuple[str, dict[str, Any]]:
+        kind, hyper = self._kind()
+        return kind, hyper | {"buffered": self.momentum != 0 or "momentum_buffer" in slots}
 
 
 @dataclass(frozen=True, repr=False)

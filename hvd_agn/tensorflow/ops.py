@@ -85,16 +85,16 @@ class Ops:
         self._worker = worker
         self._variables = worker.arrays.exchanged
         self._since = since
-        self.rate = 0.0
-        """The learning rate that came with the op that runs."""
+        self.rates: list[float] = []
+        """The learning rates that came with the op that runs."""
         self._number = _core.op_enter(worker.client.native, self._decide)
 
-    def _decide(self, what: str, since: int, rate: float) -> tuple[int, str]:
+    def _decide(self, what: str, since: int, rates: list[float]) -> tuple[int, str]:
         """For the core, while the client has the variables; an error does not pass through it, but is kept."""
         worker, text = self._worker, ""
         try:
             compiled, what = what.startswith(_COMPILED), what.removeprefix(_COMPILED)
-            worker.steps_since_exchange, self.rate = since, rate
+            worker.steps_since_exchange, self.rates = since, rates
             _kept.pop(self._number, None)
             if what in ("exchange", "start", "land"):  # may come from a graph, which knows of no close()
                 worker.check_open("apply()")
@@ -107,17 +107,17 @@ class Ops:
             text = str(error) or type(error).__name__
         return worker.steps_since_exchange, text
 
-    def call(self, what: str, rate: Any = 0.0) -> Any:
+    def call(self, what: str, rates: Any = 0.0) -> Any:
         """Bring the variables' values, and assign what they become; then raise what went wrong, if something did.
 
         In a graph: returns the op that has done so.
         """
         values = [v.read_value() for v in self._variables]
-        since, rate = self._since.read_value(), tf.cast(rate, tf.float64)
+        since, rates = self._since.read_value(), tf.cast(rates, tf.float64)
         if xla.inside():
-            results, left = xla.exchange(self._number, _COMPILED + what, values, since, rate)
+            results, left = xla.exchange(self._number, _COMPILED + what, values, since, rates)
         else:
-            results, left, failed = self._ops.hvd_agn_exchange(values, since, rate, worker=self._number, call=what)
+            results, left, failed = self._ops.hvd_agn_exchange(values, since, rates, worker=self._number, call=what)
         assigned = [v.assign(r, read_value=False) for v, r in zip(self._variables, results, strict=True)]
         assigned.append(self._since.assign(left, read_value=False))
         if xla.inside():
@@ -125,12 +125,12 @@ class Ops:
         with tf.control_dependencies([op for op in assigned if op is not None]), _own_errors():
             return self._ops.hvd_agn_raise(failed, worker=self._number)
 
-    def start(self, rate: Any = 0.0) -> None:
+    def start(self, rates: Any = 0.0) -> None:
         """Bring the values for an exchange in the background."""
         values = [v.read_value() for v in self._variables]
         with _own_errors():
             left = self._ops.hvd_agn_start(
-                values, self._since.read_value(), tf.cast(rate, tf.float64), worker=self._number, call="start"
+                values, self._since.read_value(), tf.cast(rates, tf.float64), worker=self._number, call="start"
             )
         self._since.assign(left, read_value=False)
 

@@ -16,13 +16,14 @@ from .. import config, rules
 from ..center import Center
 from ..client import Stats
 from ..errors import UsageError
+from ..rules.like import parts_by_group, parts_of
 from ..worker import Settings, Worker
 from . import library
 from .ops import Ops
 from .refused import refuse_accumulation, refuse_optimizer, refuse_strategy, refuse_surroundings, refuse_tracing
 from .state import Files, config_of, rule_of
 from .variables import Variables, plain
-from .wrapper import Wrapper, parts_of
+from .wrapper import Wrapper
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -127,7 +128,7 @@ class AGNOptimizer(Wrapper):
         worker: Worker[Variables] = Worker(
             self._settings,
             self.inner_optimizer,
-            lambda: self._files.checked(Variables(self._trainable_variables)),
+            lambda: self._files.checked(Variables(self._trainable_variables, self.inner_optimizer)),
             self._rates,
             self._through,
             self._closed,
@@ -205,9 +206,9 @@ class AGNOptimizer(Wrapper):
         due = since >= self._settings.communication_period
         if self._settings.overlap:
             ops.when(ops.ready(due), lambda: ops.call("land"))
-            ops.when(due, lambda: ops.start(self._rate_now()))
+            ops.when(due, lambda: ops.start(self._rates_now()))
         else:
-            ops.when(due, lambda: ops.call("exchange", self._rate_now()))
+            ops.when(due, lambda: ops.call("exchange", self._rates_now()))
 
     def _accumulate(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> Any:
         assert self._worker is not None
@@ -217,23 +218,22 @@ class AGNOptimizer(Wrapper):
         with tf.control_dependencies([self._since.read_value()]):
             return self._ops.accumulate([by_id.get(id(v)) for v in self._worker.arrays.exchanged])
 
-    def _rate_now(self) -> Any:
-        return self.learning_rate if self._worker is not None and self._worker.center.rule.follows else 0.0
+    def _rates_now(self) -> Any:
+        if self._worker is None or not self._worker.center.rule.follows:
+            return 0.0
+        return self._worker.arrays.rates()
 
     def _rates(self) -> list[float]:
-        """For the worker: at the start, those there are; then, inside an op, the one that came with it."""
+        """For the worker: at the start, those there are; then, inside an op, those that came with it."""
         if self._ops is not None:
-            return [self._ops.rate]
-        try:
-            return [float(self.learning_rate)]
-        except (AttributeError, TypeError, ValueError):  # several optimizers in one
-            return []
+            return self._ops.rates
+        return [float(part.learning_rate) for part in parts_by_group(self.inner_optimizer)]
 
     def _through(self, what: str) -> None:
         assert self._ops is not None
         refuse_tracing(self.name, what)
         with tf.init_scope():
-            self._ops.call(what, self._rate_now())
+            self._ops.call(what, self._rates_now())
 
     def _open(self) -> "Worker[Variables]":
         if self._worker is None:

@@ -6,9 +6,10 @@ import keras
 import tensorflow as tf
 
 from ..errors import ConfigError, UsageError
+from ..rules.like import parts_of
 from ..worker import Settings
 from . import xla
-from .wrapper import Wrapper, parts_of
+from .wrapper import Wrapper
 
 
 def refuse_optimizer(optimizer: Any) -> None:

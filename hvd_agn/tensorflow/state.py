@@ -223,7 +223,7 @@ def config_of(settings: Settings) -> dict[str, Any]:
         ConfigError: the rule is a function.
     """
     rule = settings.rule
-    if isinstance(rule, rules.Custom):
+    if rule is not None and any(isinstance(each, rules.Custom) for each in rule.each):
         raise ConfigError(
             f"{rule} is a function, which no configuration can hold: save the weights (model.save_weights), which "
             "hold this optimizer's state too, and load them into a model that was compiled with the same rule."
@@ -231,10 +231,17 @@ def config_of(settings: Settings) -> dict[str, Any]:
     arguments = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     del arguments["comm"]
     if rule is not None:
-        arguments["rule"] = {"class_name": type(rule).__name__, "config": dataclasses.asdict(rule)}
+        arguments["rule"] = _words(rule)
     if not isinstance(settings.center_ranks, str):
         arguments["center_ranks"] = [int(rank) for rank in settings.center_ranks]
     return arguments
+
+
+def _words(rule: rules.Rule) -> dict[str, Any]:
+    given = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.init}
+    if isinstance(rule, rules.Groups):
+        given["rules"] = [_words(each) for each in rule.rules]
+    return {"class_name": type(rule).__name__, "config": given}
 
 
 def rule_of(config: Mapping[str, Any] | None) -> rules.Rule | None:
@@ -244,4 +251,7 @@ def rule_of(config: Mapping[str, Any] | None) -> rules.Rule | None:
     kind = getattr(rules, config["class_name"], None)
     if not (isinstance(kind, type) and issubclass(kind, rules.Rule)):
         raise ConfigError(f"there is no rule {config['class_name']!r} in hvd_agn.rules.")
-    return kind(**config["config"])
+    given = dict(config["config"])
+    if kind is rules.Groups:
+        given["rules"] = [rule_of(each) for each in given["rules"]]
+    return kind(**given)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from ..alike import Facts, checksum
 from ..client import Client
 from ..errors import LayoutError
+from ..rules.like import keeps_out_of_decay, parts_by_group, parts_of
 
 _DTYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
@@ -25,14 +26,18 @@ class Variables:
 
     Args:
         variables: Keras' or TensorFlow's, as they were handed to the optimizer.
+        optimizer: Keras' own, built, for its parameter groups.
 
     Raises:
         LayoutError: names a variable that cannot be exchanged.
     """
 
-    def __init__(self, variables: Sequence[Any]) -> None:
+    def __init__(self, variables: Sequence[Any], optimizer: Any) -> None:
         self.exchanged: list[tf.Variable] = []
         self.names: list[str] = []
+        self.group_of: list[int] = []
+        self._parts = parts_by_group(optimizer)
+        group_of = _groups_of(optimizer)
         seen: set[int] = set()
         for variable in variables:
             value = plain(variable)
@@ -42,6 +47,7 @@ class Variables:
             refuse_unusable(name, value)
             seen.add(id(value))
             self.exchanged.append(value)
+            self.group_of.append(group_of.get(id(value), 0))
             self.names.append(name if name not in self.names else f"{name}#{len(self.names)}")
         self._left_out = [v for v in variables if getattr(v, "overwrite_with_gradient", False)]
         self.sums: list[np.ndarray] = []
@@ -53,8 +59,11 @@ class Variables:
     def facts(self, optimizer: Any) -> Facts:
         """What the ranks should have alike besides: hyper-parameters, and variables that do not take part."""
         values = {f"variable {v.path!r}, which is not exchanged,": _checksum(plain(v)) for v in self._left_out}
-        config = {key: value for key, value in optimizer.get_config().items() if key != "name"}
-        return Facts(values | {f"the optimizer's {key}": _text(value) for key, value in config.items()})
+        for part in parts_of(optimizer):
+            owner = "the optimizer's" if part is optimizer else f"{part.name}'s"
+            config = {key: value for key, value in part.get_config().items() if key != "name"}
+            values |= {f"{owner} {key}": _text(value) for key, value in config.items()}
+        return Facts(values)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> a copy of its value; only until :meth:`settle`."""
@@ -64,6 +73,15 @@ class Variables:
     def ids(self) -> set[int]:
         """Identities of the variables that take part."""
         return {id(value) for value in self.exchanged}
+
+    @property
+    def groups(self) -> int:
+        """Of the optimizer's parameters."""
+        return len(self._parts)
+
+    def rates(self) -> tf.Tensor:
+        """The learning rate of each group in its last update, float64."""
+        return tf.stack([tf.cast(_rate_of(part), tf.float64) for part in self._parts])
 
     def settle(self, client: Client) -> None:
         """Set the variables to what the center has made of the copies; from now on ops bring them."""
@@ -145,6 +163,24 @@ def _checksum(variable: tf.Variable) -> str:
 def _text(value: Any) -> str:
     """Of a configuration, which holds what JSON does; the same on every rank."""
     return json.dumps(value, sort_keys=True, default=lambda each: type(each).__qualname__)[:200]
+
+
+def _rate_of(optimizer: Any) -> Any:
+    rate = getattr(optimizer, "_learning_rate", None)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):  # which is at the next update already
+        return rate(tf.maximum(tf.convert_to_tensor(optimizer._iterations) - 1, 0))
+    return optimizer.learning_rate
+
+
+def _groups_of(optimizer: Any) -> dict[int, int]:
+    """id of a variable -> the number of its parameter group, as :func:`hvd_agn.rules.like` has them."""
+    groups, first = {}, 0
+    for part in parts_of(optimizer):
+        for variable in getattr(part, "_trainable_variables", ()):  # not of one without variables
+            kept_out = keeps_out_of_decay(part) and not part._use_weight_decay(variable)
+            groups[id(plain(variable))] = first + kept_out
+        first += 1 + keeps_out_of_decay(part)
+    return groups
 
 
 def refuse_unusable(name: str, value: Any) -> None:

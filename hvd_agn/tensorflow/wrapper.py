@@ -19,11 +19,6 @@ _FORWARDED = (
 )
 
 
-def parts_of(optimizer: Any) -> list[Any]:
-    """Of Keras' MultiOptimizer its optimizers; else the optimizer itself."""
-    return list(getattr(optimizer, "optimizers", [optimizer]))
-
-
 def _forwarded(name: str) -> property:
     def get(self: "Wrapper") -> Any:
         if self._own_only or "inner_optimizer" not in self.__dict__:

@@ -65,7 +65,7 @@ def own_error(error: tf.errors.OpError) -> ConfigError | None:
     )
 
 
-def exchange(worker: int, what: str, values: Sequence[Any], since: Any, rate: Any) -> tuple[list[Any], Any]:
+def exchange(worker: int, what: str, values: Sequence[Any], since: Any, rates: Any) -> tuple[list[Any], Any]:
     """The op HvdAgnExchange as a custom call; an error is kept and raised when the compiled function has ended.
 
     Returns:
@@ -73,7 +73,7 @@ def exchange(worker: int, what: str, values: Sequence[Any], since: Any, rate: An
     """
     from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-    arguments = [*values, since, rate]
+    arguments = [*values, since, rates]
     results = [*values, since]
     *new, left = gen_xla_ops.xla_call_module(
         arguments,

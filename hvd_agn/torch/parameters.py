@@ -28,6 +28,7 @@ class Exchanged:
     address: int
     dtype: torch.dtype
     shape: torch.Size
+    group: int  # of the optimizer's param_groups
 
 
 class Parameters:
@@ -51,8 +52,10 @@ class Parameters:
         self._frozen: list[tuple[str, torch.Tensor]] = []
         self._optimizer = optimizer
         self._all = _all(optimizer)
+        self.groups = len(optimizer.param_groups)
         storages: dict[tuple[Any, ...], Exchanged] = {}
-        for name, p in zip(self._names.all, self._all, strict=True):
+        groups = [g for g, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        for name, p, group in zip(self._names.all, self._all, groups, strict=True):
             if not p.requires_grad:
                 self._frozen.append((name, p))
                 continue
@@ -62,7 +65,7 @@ class Parameters:
                 self._tied.append((name, p, storages[storage]))
                 continue
             tensor = p.detach() if _direct(p) else _copy(p)
-            storages[storage] = Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape)
+            storages[storage] = Exchanged(name, p, tensor, not _direct(p), tensor.data_ptr(), p.dtype, p.shape, group)
             self.exchanged.append(storages[storage])
         for name, times in collections.Counter(e.name for e in self.exchanged).items():
             if times > 1:
@@ -79,6 +82,11 @@ class Parameters:
     def ids(self) -> set[int]:
         """Identities of the parameters that take part."""
         return {id(e.parameter) for e in self.exchanged}
+
+    @property
+    def group_of(self) -> list[int]:
+        """Of each parameter that takes part: the number of its group."""
+        return [e.group for e in self.exchanged]
 
     @torch.no_grad()
     def copy(self) -> list[torch.Tensor]:

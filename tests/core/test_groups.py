@@ -1,100 +1,209 @@
-"""Communicators other than the world: messages have the world's ranks; one that cannot be used is named."""
-
-import os
-import re
-import tempfile
-import time
+"""rules.Groups, and a learning rate per group: against the reference, bit for bit, on every way to the center."""
 
 import numpy as np
 import pytest
+from mailboxes import meet, same, wait_until
 from ranks import on_ranks
+from reference import GradientsClient, ReferenceBlocks
 
-from hvd_agn import Center
-from hvd_agn.errors import AGNError, ConfigError, LayoutError, UsageError
+from hvd_agn import Center, checkpoint, config, rules
+from hvd_agn.errors import CheckpointError, ConfigError, LayoutError, UsageError
+from hvd_agn.rules import Groups
+
+SIZES = [600, 40, 0, 1024, 7, 256, 3]  # some blocks of 1024 bytes belong to one array, some to several
+GROUPS = [0, 1, 2, 1, 0, 2, 2]
+FOLLOW = "follow"
+RULES = [
+    rules.SGD(FOLLOW, 0.9, nesterov=True, weight_decay=0.1),  # one rule, three learning rates
+    Groups([rules.SGD(FOLLOW, 0.9, weight_decay=0.1), rules.SGD(FOLLOW), rules.SGD(0.3, 0.5, dampening=0.2)]),
+    Groups([rules.SGD(0.3), rules.SGD(FOLLOW, weight_decay=0.1), rules.SGD(0.1)]),
+    Groups([rules.Adam(FOLLOW), rules.AdamW(FOLLOW, (0.5, 0.7)), rules.Adam(0.1, eps=1e-3, weight_decay=0.1)]),
+    Groups([rules.AdamW(0.1, weight_decay=w, gap_aware=True, staleness="sqrt") for w in (0.0, 0.3, 0.1)]),
+    Groups([rules.Adagrad(FOLLOW, initial_accumulator_value=s, lr_decay=s) for s in (0.1, 0.2, 0.5)]),
+    Groups([rules.RMSprop(FOLLOW, momentum=m, eps_inside_root=m > 0) for m in (0.0, 0.5, 0.0)]),
+    Groups(
+        [rules.RMSprop(0.1, centered=True, initial_square_avg=s, alpha=a) for s, a in ((1, 0.9), (2, 0.5), (3, 0.7))]
+    ),
+    Groups([rules.Lion(FOLLOW, weight_decay=w) for w in (0.0, 0.1, 0.2)]),
+    Groups([rules.DelayedNesterov(FOLLOW, 0.5, n) for n in (1, 2, 3)]),
+]
 
 
-def messages_of_a_group():
-    """Ranks 2 and 3 of 4 in the other order, so that rank 0 of theirs is 3; what each is told, by what went wrong."""
+def in_turn(comm, rule, dtype, seed, overlap=False, **options):
+    """Each rank pushes in its turn; every rank follows all of them with the reference."""
+    rng = np.random.default_rng(seed)
+    initial = [rng.standard_normal(n).astype(dtype) for n in SIZES]
+    reference = ReferenceBlocks(initial, rule, config.BLOCK_BYTES.read(), GROUPS)
+    theirs = [GradientsClient(reference, [dtype] * len(SIZES)) for _ in range(comm.size)]
+    ours = [a.copy() for a in initial]
+    with Center(ours, rule, comm, groups=GROUPS, accumulate="gradients", overlap=overlap, **options) as center:
+        client = center.arrays_client
+        meet(comm)  # all have received it
+        for turn in range(3 * comm.size):
+            gradients = [rng.standard_normal(n).astype(dtype) if rng.random() < 0.8 else None for n in SIZES]
+            rates = [float(rate) for rate in rng.random(3)]
+            expected, lr = theirs[turn % comm.size], rates if rule.follows else None
+            expected.accumulate(gradients)
+            (expected.start if overlap else expected.exchange)(1 + turn % 3, lr)
+            if overlap:
+                expected.finish()
+            if turn % comm.size == comm.rank:
+                client.accumulate(gradients)
+                (client.start if overlap else client.exchange)(1 + turn % 3, lr=lr)
+                if overlap:
+                    wait_until(lambda: client.ready, "the exchange in the background")
+                    client.finish()
+            meet(comm)
+            values, slots, _ = center._read()
+            same(values.values(), reference.center)
+            same(ours, theirs[comm.rank].arrays)
+            for name, arrays in slots.items():
+                same(arrays.values(), reference.slots[name])
+            meet(comm)
+
+
+def test_one_rank(kernels):
+    from mpi4py import MPI
+
+    for seed, rule in enumerate(RULES):
+        for dtype in ("f4", "f8", "f2"):
+            in_turn(MPI.COMM_WORLD, rule, dtype, seed)
+        in_turn(MPI.COMM_WORLD, rule, "f4", seed, overlap=True)
+
+
+def several_ranks():
+    """Two ranks, then all four: through shared memory, and through mailboxes."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    odd = world.Split(world.rank // 2, -world.rank)
-    texts = {}
-
-    def told(what, call, error=AGNError):
-        with pytest.raises(error) as caught:
-            call()
-        texts[what] = str(caught.value)
-
-    first = odd.rank == 0
-    told("length", lambda: Center([np.zeros(3 if first else 4, "f4")], comm=odd), LayoutError)
-    told("start", lambda: Center([np.full(3, np.nan, "f4")], comm=odd), LayoutError)
-    told("host", lambda: Center([np.zeros(3, "i4")], comm=odd, name="digits"), LayoutError)
-    with Center([np.zeros(3, "f4")], comm=odd, overlap=True, transport="mailbox") as center:
-        told("finish", center.arrays_client.finish, UsageError)
-        label = center.label
-        assert (center.rank, center.size) == (odd.rank, 2)
-        world.Barrier()
-    told("closed", center.barrier, UsageError)
-    os.environ["HVD_AGN_STALL_SECONDS"] = "0.2"
-    with Center([np.zeros(3, "f4")], comm=odd) as center, tempfile.TemporaryFile("w+") as said:
-        if first:
-            time.sleep(1)
-        stderr = os.dup(2)
-        os.dup2(said.fileno(), 2)
-        center.barrier()
-        os.dup2(stderr, 2)
-        said.seek(0)
-        texts["wait"] = said.read()
-    return label, texts
+    # One center at a time: Open MPI 4 names the files of windows alike for communicators that have no rank in common.
+    pair = world.Split(0 if world.rank < 2 else MPI.UNDEFINED)
+    for comm, hosts, transport in ((pair, [1, 0], "mailbox"), (world, [2], "auto"), (world, [2, 0], "mailbox")):
+        for seed, rule in enumerate(RULES if comm != MPI.COMM_NULL else []):
+            how = {"transport": transport, "center_ranks": hosts, "overlap": seed % 3 == 0}
+            in_turn(comm, rule, ("f4", "f8")[seed % 2], seed, **how)
+        meet(world)
+    differ(world)
+    return "done"
 
 
-def test_messages_have_the_worlds_rank():
-    ranks = on_ranks(4, messages_of_a_group)
-    for rank, (label, texts) in enumerate(ranks):
-        root = 1 if rank < 2 else 3
-        other = root - 1
-        assert label == f"[rank {rank}] Center"
-        assert texts["length"].startswith(f"[rank {other}] Center: ")
-        assert f"on rank {root}. Build the same model" in texts["length"]
-        assert f"[rank {root}] Center: 'array 0' has a NaN or an Inf. Initialise it on rank {root}." in texts["start"]
-        assert texts["host"].startswith(f"[rank {rank}] digits: ")
-        for what in ("finish", "closed"):
-            assert texts[what].startswith(f"[rank {rank}] "), what
-        if rank == other:
-            assert texts["wait"].startswith(f"[rank {rank}] hvd_agn: waits for all ranks to call Center.barrier (")
+def differ(comm):
+    """Ranks must agree on the groups and their rules, not on the learning rates that are followed."""
+    arrays = {"w": np.zeros(3), "b": np.zeros(2)}
+    two = {"w": 0, "b": 1}
+    decay = 0.5 if comm.rank == 2 else 0.25
+    said = r'"rule of group 1", "AdamW\(.*weight_decay=0.5.* here, .*weight_decay=0.25.* on rank 0'
+    with pytest.raises(LayoutError, match=rf"\[rank 2\] .*{said}"):
+        Center(arrays, Groups([rules.AdamW(), rules.AdamW(weight_decay=decay)]), groups=two)
+    with pytest.raises(LayoutError, match=r'\["group of w", 1\] here, \["group of w", 0\] on rank 0'):
+        Center(arrays, rules.SGD(FOLLOW), groups=two if comm.rank != 3 else {"w": 1, "b": 0})
+    with Center(arrays, rules.SGD(FOLLOW), groups=two) as center:
+        arrays["w"] += 1
+        arrays["b"] += 1
+        center.exchange(1, lr=[comm.rank + 1, 0.5])
+        meet(comm)
+        same(center.snapshot().values(), [np.full(3, 10.0), np.full(2, 2.0)])
+        meet(comm)
 
 
-def unusable():
-    """What each rank is told of a communicator that it cannot use, and that the others go on."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    alone = world.rank == 2
-    group = world.Split(MPI.UNDEFINED if alone else 0)
-    texts = []
-    if alone:
-        for comm in (group, MPI.COMM_NULL):
-            with pytest.raises(ConfigError) as caught:
-                Center([np.zeros(3, "f4")], comm=comm)
-            texts.append(str(caught.value))
-    else:
-        Center([np.zeros(3, "f4")], comm=group).close()
-    half = world.Split(int(alone))
-    between = half.Create_intercomm(0, world, 0 if alone else 2)
-    with pytest.raises(ConfigError, match=rf"\[rank {world.rank}\] comm= is an intercommunicator. Give .*Merge\(\)"):
-        Center([np.zeros(3, "f4")], comm=between)
-    merged = between.Merge()
-    Center([np.zeros(3, "f4")], comm=merged).close()
-    freed = world.Dup()
-    freed.Free()
-    with pytest.raises(ConfigError, match=r"comm= is MPI.COMM_NULL.*or a communicator that was freed"):
-        Center([np.zeros(3, "f4")], comm=freed)
-    return texts
+def test_several_ranks():
+    assert on_ranks(4, several_ranks, env={"HVD_AGN_BLOCK_BYTES": "1024"}) == ["done"] * 4
 
 
-def test_communicators_that_cannot_be_used():
-    texts = on_ranks(3, unusable)[2]
-    assert len(texts) == 2
-    for text in texts:
-        assert re.match(r"\[rank 2\] comm= is MPI.COMM_NULL.*Make no center on this rank, or give", text)
+def test_updates_of_groups_by_hand():
+    w, b, c = np.zeros(300, "f4"), np.zeros(2), np.zeros(200, "f4")
+    rule = Groups([rules.Add(1.0), rules.Add(0.5)])
+    with Center({"w": w, "b": b, "c": c}, rule, groups={"b": 1, "c": np.int64(0), "w": 0}) as center:
+        for array in (w, b, c):
+            array += 8
+        center.exchange(2)
+        same((w, b, c), (np.full(300, 4.0), np.full(2, 2.0), np.full(200, 4.0)))
+        assert center.groups == 2
+    one, two = np.zeros(1), np.zeros(1)
+    with Center(
+        [one, two], Groups([rules.Add(1.0, clip_norm=5), rules.Add(0.5, clip_norm=5)]), groups=[0, 1]
+    ) as center:
+        one += 6
+        two += 8
+        center.exchange(1)  # of norm 10
+        np.testing.assert_allclose((one[0], two[0]), (3, 2), rtol=1e-15)
+    with Center([w, b], rules.SGD(0.5), groups=[0, 1]) as center:  # no difference
+        assert center.groups == 1
+
+
+def test_files_of_rules_with_the_same_slots(tmp_path):
+    theta = np.zeros(3)
+    with Center([theta], rules.SGD(1.0, 0.5)) as center:
+        theta += 1
+        center.exchange(1)
+        center.save(tmp_path / "center")
+    two = [np.zeros(3)]
+    rule = Groups([rules.SGD(1.0), rules.SGD(1.0, 0.5)])
+    with Center(two, rule, groups=[1]) as center:
+        center.load(tmp_path / "center")
+        two[0] += 1
+        center.exchange(1)
+        np.testing.assert_array_equal(two[0], 1 + 1.5)
+        center.save(tmp_path / "groups")
+    planes, version, _ = checkpoint.read(tmp_path / "groups", {"array 0": ((3,), "float64")}, ("momentum",))
+    assert version == 2
+    np.testing.assert_array_equal(planes[1][0], -1.5)
+    with Center(two, rules.Adam()) as center, pytest.raises(CheckpointError, match="exp_avg"):
+        center.load(tmp_path / "groups")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Groups([]), r"rules.Groups: rules=\[\]: give one for each group"),
+        (lambda: Groups(rules.Add()), r"rules=Add\(scale=1.0\): give one for each group"),
+        (lambda: Groups([Groups([rules.Add()])]), r"rules=\[Groups\(Add\(scale=1.0\)\)\]: give one for each group"),
+        (lambda: Groups([rules.SGD(0.1), rules.Adam()]), r"Adam\(.*\) and SGD\(.*\) keep different slots"),
+        (lambda: Groups([rules.Add(), rules.SGD(0.1)]), "keep different slots at the center: give rules of one kind"),
+        (lambda: Groups([rules.RMSprop(momentum=0.5), rules.RMSprop(centered=True)]), "keep different slots"),
+        (lambda: Groups([rules.RMSprop(), rules.RMSprop(centered=True)]), "keep different slots"),
+        (lambda: Groups([rules.Custom(len, "m"), rules.Custom(len, "v")]), "keep different slots"),
+        (lambda: Groups([rules.Add(), rules.Add(clip_norm=1)]), r"clip_norm=\[None, 1.0\]: it concerns whole pushes"),
+        (lambda: Groups([rules.Add(gap_aware=True), rules.Add()]), r"gap_aware=\[True, False\]: it concerns"),
+        (lambda: Center([np.zeros(3)], Groups([rules.Add(), rules.Add()])), "needs groups=: the number of each array"),
+    ],
+)
+def test_groups_that_are_none(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([0], r"groups=\[0\]: give a number for each of the 2 arrays"),
+        ([0, 1, 1], "give a number for each of the 2 arrays"),
+        ({"a": 0}, r"groups=\{'a': 0\}: give a number for each of the 2 arrays"),
+        ({"a": 0, "c": 1}, "give a number for each of the 2 arrays"),
+        ([0, 2], "groups: 'b' is in 2: give a number from 0 to 1"),
+        ([-1, 1], "groups: 'a' is in -1: give a number from 0 to 1"),
+        ([0, 1.0], "groups: 'b' is in 1.0: give a number from 0 to 1"),
+        ([0, True], "groups: 'b' is in True: give a number from 0 to 1"),
+    ],
+)
+def test_arrays_in_no_group(groups, message):
+    with pytest.raises(ConfigError, match=message):
+        Center({"a": np.zeros(3), "b": np.zeros(3)}, Groups([rules.Add(), rules.Add()]), groups=groups)
+
+
+def test_learning_rates_for_groups():
+    arrays = [np.zeros(2), np.zeros(2)]
+    with Center(arrays, rules.SGD(FOLLOW), groups=[0, 1]) as center:
+        for lr, message in (
+            ([0.1], r"lr=\[0.1\]: give one number, or one for each of the 2 groups"),
+            ([0.1, float("nan")], "give a finite number, 0 or more"),
+            ([0.1, -1], "give a finite number, 0 or more"),
+            ("12", "lr='12': give a finite number"),
+            (None, r"SGD\(lr='follow'.* needs the worker's learning rate: give lr="),
+        ):
+            with pytest.raises(UsageError, match=message):
+                center.exchange(1, lr=lr)
+        for array in arrays:
+            array += 1
+        center.exchange(1, lr=0.5)  # of both
+        same(arrays, [np.full(2, 0.5)] * 2)

@@ -178,16 +178,17 @@ def test_a_rule_follows_the_scheduler_of_an_optimizer(overlap):
         scheduler.step()
 
 
-def test_a_rule_cannot_follow_two_learning_rates():
-    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-    groups = [{"params": [p]}, {"params": [q], "lr": 0.5}]
-    with pytest.raises(ConfigError, match=r"follows one learning rate, the parameter groups have \[0.5, 1.0\]"):
-        AGNOptimizer(torch.optim.SGD(groups, lr=1.0), 1, rule=rules.SGD("follow"))
-    opt = AGNOptimizer(torch.optim.SGD([p, q], lr=1.0), 1, rule=rules.SGD("follow"))
+def test_a_rule_follows_the_learning_rates_there_were():
+    (p,) = parameters()
+    opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), 1, rule=rules.SGD("follow"))
     opt.param_groups.append({**opt.param_groups[0], "params": [], "lr": 0.5})
-    p.grad = q.grad = torch.ones(3)
-    with pytest.raises(ConfigError, match=r"AGNOptimizer: the rule follows one learning rate"):
+    p.grad = torch.ones(3)
+    with pytest.raises(ConfigError, match=r"AGNOptimizer: .* rates of 1 parameter groups, the wrapped optimizer has 2"):
         opt.step()
+    rateless = torch.optim.SGD(parameters(), lr=1.0)
+    del rateless.param_groups[0]["lr"]
+    with pytest.raises(ConfigError, match=r"rates of 1 parameter groups, the wrapped optimizer has 0: give the rule a"):
+        AGNOptimizer(rateless, 1, rule=rules.SGD("follow"))
 
 
 # ---- the rule of an optimizer, and presets
@@ -217,8 +218,10 @@ def test_like_with_changes():
     p, q = parameters(2)
     two = torch.optim.SGD([{"params": [p]}, {"params": [q], "lr": 0.5}], lr=1.0)
     assert rules.like(two, lr=0.1) == rules.SGD(0.1)
-    with pytest.raises(ConfigError, match=r"groups differ in lr \(\[1.0, 0.5\]\), a rule has one. Give lr= here"):
-        rules.like(two)
+    assert rules.like(two) == rules.Groups([rules.SGD(1.0), rules.SGD(0.5)])
+    both = [{"params": [p]}, {"params": [q], "decoupled_weight_decay": True}]
+    adam = torch.optim.Adam(both, weight_decay=0.1)
+    assert rules.like(adam) == rules.Groups([rules.Adam(weight_decay=0.1), rules.AdamW(weight_decay=0.1)])
 
 
 @pytest.mark.parametrize(

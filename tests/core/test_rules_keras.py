@@ -150,11 +150,25 @@ def test_like_says_what_no_rule_does(keras, name, arguments, message):
         rules.like(getattr(keras.optimizers, name)(**arguments))
 
 
+def test_like_of_several_optimizers_in_one(keras):
+    def several(*parts):
+        by_name = {str(i): part for i, part in enumerate(parts)}
+        return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(parts[-1], by_name))
+
+    make = keras.optimizers.SGD
+    assert rules.like(several(make(0.5, 0.5), make(0.25))) == rules.Groups([rules.SGD(0.5, 0.5), rules.SGD(0.25)])
+    assert rules.like(several(make(0.5), make(0.25)), lr="follow") == rules.SGD("follow")
+    with pytest.raises(ConfigError, match=r"Adam\(.*\) and SGD\(.*\) keep different slots at the center"):
+        rules.like(several(make(0.5), keras.optimizers.Adam()))
+    with pytest.raises(ConfigError, match="MultiOptimizer has no optimizers yet: build it with its variables"):
+        rules.like(keras.optimizers.MultiOptimizer(lambda variable: make()))
+
+
 @pytest.mark.parametrize("kept_out", ["var_names", "var_list"])
-def test_a_rule_decays_all_parameters(keras, kept_out):
+def test_like_of_variables_kept_out_of_the_decay(keras, kept_out):
     optimizer = keras.optimizers.AdamW()
     optimizer.exclude_from_weight_decay(**{kept_out: ["bias"] if kept_out == "var_names" else [keras.Variable([0.0])]})
-    with pytest.raises(ConfigError, match=f"no rule has AdamW's exclude_from_weight_decay=True. {BY_HAND}"):
-        rules.like(optimizer)
+    decayed, kept = (rules.AdamW(1e-3, weight_decay=decay, **ADAM) for decay in (0.004, 0.0))
+    assert rules.like(optimizer, lr=1e-3) == rules.Groups([decayed, kept])
     optimizer.weight_decay = 0.0  # then it makes no difference
     assert rules.like(optimizer).weight_decay == 0

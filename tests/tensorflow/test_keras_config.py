@@ -25,6 +25,7 @@ RULES = [
     rules.Lion(),
     rules.DelayedNesterov(lr=0.7, momentum=0.9, every=2),
     rules.Elastic(0.5),
+    rules.Groups([rules.AdamW("follow"), rules.AdamW("follow", weight_decay=0.0)]),
 ]
 OPTIONS = {
     "normalize": False,
@@ -137,12 +138,6 @@ def test_bad_arguments_that_need_the_ranks_are_refused_at_the_start():
 def test_gradients_are_not_summed_where_they_are_not_updates(option):
     with pytest.raises(ConfigError, match="accumulate='gradients' sums gradients as they come"):
         AGNOptimizer(keras.optimizers.SGD(0.1, **option), accumulate="gradients")
-
-
-def test_a_rule_that_follows_needs_one_learning_rate():
-    several = optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.SGD(0.1)))
-    with pytest.raises(ConfigError, match="the rule follows one learning rate, this optimizer has none"):
-        fit(network(), AGNOptimizer(several, rule=rules.SGD("follow")))
 
 
 def test_parts_that_accumulate_are_refused():

@@ -32,6 +32,7 @@ class GraphVariables(Variables):
                     "tf.compat.v1.enable_resource_variables() first."
                 )
             refuse_unusable(name, variable)
+        self._parts, self.group_of = [None], [0] * len(self.names)
         self.sums = []
         self._start = {
             name: np.zeros(variable.shape.as_list(), variable.dtype.as_numpy_dtype)

@@ -204,7 +204,7 @@ class AGNOptimizer(v1.train.Optimizer):  # type: ignore[misc]
             self._settings,
             self._inner,
             lambda: GraphVariables(variables),
-            lambda: [self._ops.rate if self._ops else 0.0],
+            lambda: self._ops.rates if self._ops else [0.0],
             self._through,
             self._closed,
         )
