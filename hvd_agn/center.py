@@ -40,8 +40,8 @@ T = TypeVar("T")
 class Owner(Protocol):
     """An optimizer that trains on a center's arrays."""
 
-    def flush(self) -> None:
-        """Push what is left: the center closes."""
+    def before_close(self, failed: bool) -> None:
+        """The center is about to close: push what is left. ``failed``: this rank ends with an error."""
 
     def before_load(self) -> None:
         """The center is about to be loaded: end what is under way, or raise UsageError if that makes no sense now."""
@@ -484,12 +484,16 @@ class Center:
         The arrays stay as they are. A host goes on answering other nodes. Its memory goes back to the system when all
         ranks have closed, or, if some are on other nodes, at exit.
         """
+        self.end(failed=False)
+
+    def end(self, failed: bool) -> None:
+        """As :meth:`close`; ``failed``: because of an error, after which an optimizer has nothing to push."""
         if self._native is None:
             return
         owner, self._owner = self._owner, None
         try:
             if owner is not None:
-                owner.flush()
+                owner.before_close(failed)
         finally:
             for client in list(self._clients):
                 client.close()
@@ -509,7 +513,7 @@ class Center:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.end(shutdown.is_failure(error))
 
     def check_open(self) -> None:
         """Raise UsageError if the center is closed."""

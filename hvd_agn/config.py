@@ -27,6 +27,9 @@ WIRES = (None, "bf16", "fp16", "int8")
 ACCUMULATE = ("updates", "gradients")
 """What a worker pushes the mean of; the first is the default."""
 
+PUSH_ON_ERROR = False
+"""Whether a rank that ends with an error pushes its unfinished period."""
+
 CENTER_RANKS = (0,)
 """Ranks that host the center's shards."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from . import config, rules
+from . import config, rules, shutdown
 from .center import Center
 from .checkpoint import Resume
 from .errors import (
@@ -50,6 +50,7 @@ class Settings:
     transport: str | None = None
     wire_dtype: str | None = config.WIRES[0]
     on_nonfinite: str = config.ON_NONFINITE[0]
+    push_on_error: bool = config.PUSH_ON_ERROR
     name: str = "AGNOptimizer"
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class Settings:
         config.choose("accumulate", self.accumulate, config.ACCUMULATE)
         config.choose("wire_dtype", self.wire_dtype, config.WIRES)
         config.choose("on_nonfinite", self.on_nonfinite, config.ON_NONFINITE)
+        config.choose("push_on_error", self.push_on_error, (True, False))
         if self.transport is not None:
             config.choose("transport", self.transport, config.TRANSPORTS)
 
@@ -262,17 +264,25 @@ class Worker(Generic[A]):
             if not self._layout_changed:  # else nothing was done to them
                 self.arrays.put_back(local)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Push what is left and let go of the center; the wrapped optimizer can be used on. Waits for nobody.
 
         A second call does nothing. At exit it is called for you.
+
+        Args:
+            error: what this comes from; then nothing is pushed, unless ``push_on_error`` was given.
         """
         if self._viewing_center:
             self.check_open("close()")
         if self._layout_changed:  # the last exchange has said that they cannot be pushed
             self.center.own(None)
-        self.center.close()
+        self.center.end(shutdown.is_failure(error))
         self.closed()
+
+    def before_close(self, failed: bool) -> None:
+        """For ``Center.end``: push what is left."""
+        if self.settings.push_on_error or not failed:
+            self.flush()
 
     # ---- what is done where the parameters can be reached
 

@@ -55,6 +55,8 @@ class AGNOptimizer(torch.optim.Optimizer):
             :class:`hvd_agn.Center`.
         on_nonfinite: what to do with an update that has a NaN or an Inf. ``"skip"``: refuse it, warn, set the
             parameters to the center; ``"raise"``: refuse it and raise, leaving the parameters as they are.
+        push_on_error: push the unfinished period also where an exception leaves ``with``, or the program ends with one
+            or with ``sys.exit`` of a status other than 0. By default what a failing rank has not pushed is dropped.
         name: used in messages.
 
     Raises:
@@ -79,6 +81,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        push_on_error: bool = config.PUSH_ON_ERROR,
         name: str = "AGNOptimizer",
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -96,6 +99,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             transport=transport,
             wire_dtype=wire_dtype,
             on_nonfinite=on_nonfinite,
+            push_on_error=push_on_error,
             name=name,
         )
         # What unpickling an optimizer does: it sets up hooks and profiling without touching groups or state, which are
@@ -278,8 +282,9 @@ class AGNOptimizer(torch.optim.Optimizer):
     def __enter__(self) -> "AGNOptimizer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._worker.close(error)
+        self._sums = []
 
     # ---- checkpoints
 

@@ -267,6 +267,20 @@ def test_gradients_of_several_steps_in_one_function_stay_apart():
         np.testing.assert_array_equal(variables[0], expected)
 
 
+@pytest.mark.parametrize(("push_on_error", "expected"), [(False, 1), (True, 11)])
+def test_with_that_an_error_leaves_pushes_only_if_asked_to(push_on_error, expected):
+    variables = variables_of([np.zeros(3, "f4")])
+    optimizer = wrap(variables, push_on_error=push_on_error)
+    optimizer.apply([np.ones(3, "f4")], variables)
+    other = np.zeros(3, "f4")
+    client = optimizer.center.client([other])
+    other += 10
+    client.exchange(1)
+    with pytest.raises(ZeroDivisionError), optimizer:
+        raise ZeroDivisionError
+    same([v.numpy() for v in variables], [np.full(3, expected)])
+
+
 # ---- calls where they make no sense, and several at once
 
 

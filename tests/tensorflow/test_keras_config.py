@@ -34,6 +34,7 @@ OPTIONS = {
     "transport": "mailbox",
     "wire_dtype": "bf16",
     "on_nonfinite": "raise",
+    "push_on_error": True,
     "name": "mine",
 }
 
@@ -116,6 +117,7 @@ BAD = {
     "accumulate": ["grads", None],
     "wire_dtype": ["fp8"],
     "on_nonfinite": ["ignore"],
+    "push_on_error": ["yes"],
     "transport": ["tcp"],
 }
 

@@ -227,6 +227,18 @@ def test_with_closes():
         opt.step()
 
 
+@pytest.mark.parametrize(("push_on_error", "expected"), [(False, 1), (True, 11)])
+def test_with_that_an_error_leaves_pushes_only_if_asked_to(push_on_error, expected):
+    p, opt = count(push_on_error=push_on_error)
+    opt.step()
+    push(opt, 10.0)
+    with pytest.raises(ZeroDivisionError), opt:
+        raise ZeroDivisionError
+    assert_all(p, expected)  # its own step, or with that of the other, from the center
+    with pytest.raises(UsageError, match="used after close"):
+        opt.step()
+
+
 # ---- NaN and Inf
 
 
