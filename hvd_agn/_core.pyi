@@ -28,6 +28,9 @@ class Comm:
     def node_rank(self) -> int: ...
 
     @property
+    def given_up(self) -> bool: ...
+
+    @property
     def node_size(self) -> int: ...
 
     @property
@@ -118,7 +121,7 @@ class Buffer:
 class Client:
     """One worker's arrays and anchor."""
 
-    def __init__(self, center: Center, buffers: Sequence[Buffer], wire: str, overlap: bool, gradients: bool) -> None: ...
+    def __init__(self, center: Center, buffers: Sequence[Buffer], wire: str, overlap: bool, gradients: bool, max_norm: float) -> None: ...
 
     def accumulate(self, gradients: Sequence[Buffer | None]) -> None: ...
 
@@ -135,7 +138,9 @@ class Client:
     def unbind(self) -> None: ...
 
     def exchange(self, steps: float, exact: bool, lr: float) -> int:
-        """Index of the array whose delta was refused, or -1."""
+        """
+        Index of the array whose delta was refused, -1 if none was, -2 if its norm was too large.
+        """
 
     def start(self, steps: float, lr: float) -> None: ...
 
@@ -167,6 +172,9 @@ class Client:
 
     @property
     def blocks_refused(self) -> int: ...
+
+    @property
+    def refused_norm(self) -> float: ...
 
     @property
     def latest_version(self) -> int: ...

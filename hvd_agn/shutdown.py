@@ -6,13 +6,18 @@ import os
 import signal
 import sys
 import threading
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, ModuleType
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from . import _core
-from .errors import AGNError, StallError
+from .errors import AGNError, StallError, UsageError, say
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class Closing(Protocol):
@@ -24,12 +29,27 @@ class Closing(Protocol):
         """Push what is left, unless the process ends with an error, and let go."""
 
 
+class Finished(NamedTuple):
+    """A center that this rank has closed."""
+
+    serial: int  # in order of creation, here
+    key: str  # the same on all of its ranks
+    comm: _core.Comm
+    memory: _core.Center
+
+    def free(self) -> None:
+        """Give the windows back. Collective."""
+        self.memory.free(self.comm)
+        self.comm.free()
+
+
 centers: list[Closing] = []  # open, in order of creation
-finished: list[tuple[int, _core.Comm, _core.Center]] = []  # closed; their windows go at exit, which is collective
+finished: list["Finished"] = []  # closed; their windows go when the ranks next meet, because that is collective
 missing: list[str] = []  # centers for which a rank did not come
 _process = os.getpid()
 _ENDINGS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _rank = 0  # of this process; known before a stuck thread can hold up MPI's calls
+_ending = False
 _finalize_key: int | None = None  # of the attribute that MPI_Finalize deletes first
 _exit: BaseException | None = None  # what sys.exit() was last called for; no hook of Python's tells it
 
@@ -72,6 +92,21 @@ def _failure() -> BaseException | None:
         if is_failure(error):
             return error
     return None
+
+
+def free_finished(comm: "MPI.Comm") -> str:
+    """Free the centers that all of their ranks have closed, where these are among the ranks of ``comm``. Collective.
+
+    Returns:
+        A key for another center, the same on all ranks.
+    """
+    offers = comm.allgather((uuid.uuid4().hex, [each.key for each in finished if not each.comm.given_up]))
+    closed = Counter(key for _, keys in offers for key in keys)
+    for each in sorted(finished, key=lambda each: each.key):  # an order that all ranks have
+        if closed[each.key] == each.comm.size:
+            finished.remove(each)
+            each.free()
+    return offers[0][0]  # type: ignore[no-any-return]
 
 
 def finish_at_exit() -> None:
@@ -128,11 +163,10 @@ def finish() -> None:
     with _handlers_held_back():
         try:
             _close_all()
-            for _, _, memory in finished:  # before any call of MPI, which a stuck thread may hold up
-                memory.await_thread()
-            for _, comm, memory in sorted(finished, key=lambda entry: entry[0]):
-                memory.free(comm)
-                comm.free()
+            for each in finished:  # before any call of MPI, which a stuck thread may hold up
+                each.memory.await_thread()
+            for each in sorted(finished, key=lambda each: each.serial):
+                each.free()
             finished.clear()
             if missing:
                 raise StallError(f"not all ranks created {missing[0]}")
@@ -145,12 +179,13 @@ def finish() -> None:
 
 
 def _close_all() -> None:
-    failure = _failure()
+    global _ending
+    failure, _ending = _failure(), True
     for center in list(centers):
         try:
             center.end(failure is not None)
         except Exception as error:  # the others are closed all the same
-            print(f"{center.label}: closing failed: {error}", file=sys.stderr)
+            say(f"{center.label}: closing failed: {error}")
     if failure is not None and finished:
         what = f"status {failure.code!r}" if isinstance(failure, SystemExit) else type(failure).__name__
         _say(
@@ -159,9 +194,18 @@ def _close_all() -> None:
         )
 
 
+def used_after_close(label: str) -> UsageError:
+    """For a center that was; with what a function called at exit needs to know."""
+    how = (
+        " The end of the program, or MPI_Finalize, closes all centers. Register a function that uses one with atexit "
+        "after that one was made: then it is called before."
+    )
+    return UsageError(f"{label}: used after close().{how if _ending else ''}")
+
+
 def _prefix() -> str:
     return f"[rank {_rank}] hvd_agn: "
 
 
 def _say(text: str) -> None:
-    print(_prefix() + text, file=sys.stderr, flush=True)
+    say(_prefix() + text)

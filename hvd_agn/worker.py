@@ -50,6 +50,7 @@ class Settings:
     transport: str | None = None
     wire_dtype: str | None = config.WIRES[0]
     on_nonfinite: str = config.ON_NONFINITE[0]
+    max_norm: float | None = config.MAX_NORM
     push_on_error: bool = config.PUSH_ON_ERROR
     name: str = "AGNOptimizer"
 
@@ -64,6 +65,7 @@ class Settings:
         config.choose("accumulate", self.accumulate, config.ACCUMULATE)
         config.choose("wire_dtype", self.wire_dtype, config.WIRES)
         config.choose("on_nonfinite", self.on_nonfinite, config.ON_NONFINITE)
+        config.check_max_norm(self.max_norm)
         config.choose("push_on_error", self.push_on_error, (True, False))
         if self.transport is not None:
             config.choose("transport", self.transport, config.TRANSPORTS)
@@ -158,6 +160,7 @@ class Worker(Generic[A]):
             overlap=settings.overlap,
             accumulate=settings.accumulate,
             on_nonfinite=settings.on_nonfinite,
+            max_norm=settings.max_norm,
             name=settings.name,
             resume=resume,
             failed=failed,

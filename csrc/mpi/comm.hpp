@@ -78,6 +78,8 @@ class Comm {
   /// Of each rank: the first rank on its node.
   const std::vector<int>& nodes() const { return nodes_; }
   StallLimits limits() const { return limits_; }
+  /// Whether a barrier of this rank was given up, after which it can have no other.
+  bool given_up() const { return given_up_; }
 
   /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train. After one
   /// that was given up, every later one throws StallError at once; in a forked child, UsageError.

@@ -47,8 +47,8 @@ class AGNOptimizer(Wrapper):
         optimizer: any ``keras.optimizers.Optimizer``, with the same variables on every rank; or a name or
             configuration, as ``keras.optimizers.get`` takes it.
         communication_period, rule, normalize, accumulate, overlap, comm, center_ranks, transport, wire_dtype,
-            on_nonfinite, push_on_error: see :class:`hvd_agn.torch.AGNOptimizer`. Besides the anchor, an exchange takes
-            memory for one more copy of the variables.
+            on_nonfinite, max_norm, push_on_error: see :class:`hvd_agn.torch.AGNOptimizer`. Besides the anchor, an
+            exchange takes memory for one more copy of the variables.
         name: of this optimizer, as Keras has it, and in messages.
 
     Raises:
@@ -70,6 +70,7 @@ class AGNOptimizer(Wrapper):
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        max_norm: float | None = config.MAX_NORM,
         push_on_error: bool = config.PUSH_ON_ERROR,
         name: str | None = None,
     ) -> None:
@@ -89,6 +90,7 @@ class AGNOptimizer(Wrapper):
             transport=transport,
             wire_dtype=wire_dtype,
             on_nonfinite=on_nonfinite,
+            max_norm=max_norm,
             push_on_error=push_on_error,
             name=self.name,
         )

@@ -55,6 +55,8 @@ class AGNOptimizer(torch.optim.Optimizer):
             :class:`hvd_agn.Center`.
         on_nonfinite: what to do with an update that has a NaN or an Inf. ``"skip"``: refuse it, warn, set the
             parameters to the center; ``"raise"``: refuse it and raise, leaving the parameters as they are.
+        max_norm: refuse an update whose Euclidean norm over all parameters, as it would be pushed but before the rule's
+            ``clip_norm``, is above this, as one with a NaN. Costs one more pass over the parameters. None: do not.
         push_on_error: push the unfinished period also where an exception leaves ``with``, or the program ends with one
             or with ``sys.exit`` of a status other than 0. By default what a failing rank has not pushed is dropped.
         name: used in messages.
@@ -81,6 +83,7 @@ class AGNOptimizer(torch.optim.Optimizer):
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        max_norm: float | None = config.MAX_NORM,
         push_on_error: bool = config.PUSH_ON_ERROR,
         name: str = "AGNOptimizer",
     ) -> None:
@@ -99,6 +102,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             transport=transport,
             wire_dtype=wire_dtype,
             on_nonfinite=on_nonfinite,
+            max_norm=max_norm,
             push_on_error=push_on_error,
             name=name,
         )

@@ -122,6 +122,43 @@ time.sleep(1.5)
 """
 
 
+WAITS = """
+if comm.rank == 1:
+    os.environ["HVD_AGN_STALL_ABORT_SECONDS"] = "1"
+worker = make(transport="mailbox")
+time.sleep(20 if comm.rank == 0 else 0)
+"""
+
+
+def test_a_rank_without_a_shard_gives_up_its_wait_at_exit(tmp_path):
+    done = run(2, WAITS, tmp_path)
+    said = "[rank 1] hvd_agn: has ended and waits for the other ranks to end (1 s so far); given up"
+    assert said in done.stderr
+    assert "this process ends without MPI_Finalize" in done.stderr
+    assert done.returncode != 0
+
+
+LAST_WORDS = """
+def last_words(when):
+    try:
+        print(when, worker.center.snapshot()["p"][0], flush=True)
+    except Exception as error:
+        print(when, error, flush=True)
+
+atexit.register(last_words, "before:")
+worker = make()
+atexit.register(last_words, "after:")
+"""
+
+
+def test_functions_called_at_exit_find_the_center_or_are_told_why_not(tmp_path):
+    done = run(1, LAST_WORDS, tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "after: 0.0"
+    assert lines[1].startswith("before: [rank 0] AGNOptimizer: used after close(). The end of the program, or MPI_Fin")
+    assert "Register a function that uses one with atexit after that one was made" in lines[1]
+
+
 def test_more_signals_do_not_cut_the_end_short(tmp_path):
     done = run(2, SIGNALS, tmp_path)
     assert "pushed: 10\n" in done.stdout, done.stdout + done.stderr

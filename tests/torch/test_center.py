@@ -269,6 +269,25 @@ def test_a_poisoned_update_of_a_parameter_that_is_exchanged_as_a_copy():
     assert_same(model.parameters(), start)
 
 
+def test_an_update_that_is_far_out_is_refused():
+    """300 elements that go up by 1 have a norm of 17.32."""
+    p, opt = count(2, max_norm=18.0)
+    opt.step()
+    opt.step()
+    p.grad[:] = -1.1
+    opt.step()
+    with pytest.warns(
+        NonFiniteWarning, match=r"\[rank 0\] count: the update has a norm of 19\.05.*, above max_norm=18\.0"
+    ):
+        opt.step()
+    assert_all(p, 1)
+    assert opt.stats()["pushes_refused"] == 1
+    p.grad[:] = -1
+    opt.step()
+    opt.step()
+    assert_all(opt.center.snapshot()["p"], 2)
+
+
 def test_a_poisoned_update_raises_if_asked_to():
     p, opt = count(2, on_nonfinite="raise")
     opt.step()
