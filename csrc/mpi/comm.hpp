@@ -91,7 +91,7 @@ class Comm {
   void free();
 
  private:
-  void wait(MPI_Request* request, const std::string& what, StallLimits limits,
+  void wait(std::vector<MPI_Request>& requests, const std::string& what, StallLimits limits,
             const std::function<std::uint64_t()>& progress);
 
   StallLimits limits_;

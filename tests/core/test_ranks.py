@@ -203,13 +203,13 @@ def one_after_another(options):
     world = MPI.COMM_WORLD
     half = world.Split(world.rank % 2)
     counts = []
-    for trial in range(24):
+    for trial in range(15):
         theta = np.zeros(1000)
         with Center([theta], rules.Adam(), half if trial % 3 else world, **options) as center:
             theta += 1
             center.exchange(1)
             assert len(shutdown.finished) <= 1
-        if trial in (5, 23):
+        if trial in (5, 14):
             world.Barrier()
             counts.append(taken())
     assert all(late <= early + 2 for early, late in zip(*counts, strict=True)), counts
@@ -270,4 +270,4 @@ def test_the_last_to_close_gives_the_spares_back_too():
     during, after = on_ranks(2, pages_left, env={"HVD_AGN_BLOCK_BYTES": ""})[0]
     if during < 1000:
         pytest.skip("this MPI keeps its shared windows elsewhere than in /dev/shm")
-    assert after < 100
+    assert after < during / 5
