@@ -31,6 +31,9 @@ class Comm:
     def node_rank(self) -> int: ...
 
     @property
+    def given_up(self) -> bool: ...
+
+    @property
     def node_size(self) -> int: ...
 
     @property
@@ -131,7 +134,7 @@ class Buffer:
 class Client:
     """One worker's arrays and anchor."""
 
-    def __init__(self, center: Center, buffers: Sequence[Buffer], wire: str, overlap: bool, gradients: bool) -> None: ...
+    def __init__(self, center: Center, buffers: Sequence[Buffer], wire: str, overlap: bool, gradients: bool, max_norm: float) -> None: ...
 
     def accumulate(self, gradients: Sequence[Buffer | None]) -> None: ...
 
@@ -149,7 +152,7 @@ class Client:
 
     def exchange(self, steps: float, exact: bool, rates: Sequence[float]) -> int:
         """
-        Index of the array whose delta was refused, or -1. `rates`: a learning rate per group, if a rule follows.
+        Index of the array whose delta was refused, -1 if none was, -2 if its norm was too large. `rates`: a learning rate per group, if a rule follows.
         """
 
     def start(self, steps: float, rates: Sequence[float]) -> None: ...
@@ -184,6 +187,9 @@ class Client:
 
     @property
     def blocks_refused(self) -> int: ...
+
+    @property
+    def refused_norm(self) -> float: ...
 
     @property
     def latest_version(self) -> int: ...

@@ -43,8 +43,8 @@ T = TypeVar("T")
 class Owner(Protocol):
     """An optimizer that trains on a center's arrays."""
 
-    def flush(self) -> None:
-        """Push what is left: the center closes."""
+    def before_close(self, failed: bool) -> None:
+        """The center is about to close: push what is left. ``failed``: this rank ends with an error."""
 
     def before_load(self) -> None:
         """The center is about to be loaded: end what is under way, or raise UsageError if that makes no sense now."""
@@ -88,6 +88,8 @@ class Center:
             ``"gradients"``: the gradients given to :meth:`Client.accumulate`; ``rule`` must be given, and takes them as
             its gradients. Costs one more copy of the arrays, in the center's type, and one more with ``overlap``.
         on_nonfinite: ``"skip"`` or ``"raise"``, see :meth:`exchange`.
+        max_norm: refuse a push whose Euclidean norm over all arrays, before the rule's ``clip_norm``, is above this, as
+            one with a NaN. Costs one more pass over the arrays. None: do not.
         name: used in messages.
         resume: what rank 0 begins with instead of its arrays' values: a center as it was, with slots and version. On
             other ranks it says nothing.
@@ -116,6 +118,7 @@ class Center:
         overlap: bool = False,
         accumulate: str = config.ACCUMULATE[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        max_norm: float | None = config.MAX_NORM,
         name: str = "Center",
         resume: checkpoint.Resume | None = None,
         facts: alike.Facts = _NO_FACTS,
@@ -139,7 +142,10 @@ class Center:
             raise ConfigError(
                 f"accumulate='gradients' needs a rule that takes gradients, not {rule}: give rules.SGD(lr)."
             )
-        self._on_nonfinite = on_nonfinite
+        config.check_max_norm(max_norm)
+        if max_norm is not None and pushes_values:
+            raise ConfigError(f"max_norm={max_norm!r}: {self.rule} pushes parameters, not deltas. Leave it out.")
+        self._on_nonfinite, self._max_norm = on_nonfinite, max_norm
         self._native: _core.Center | None = None
         self.closed = False
         """Whether :meth:`close` was called."""
@@ -188,6 +194,7 @@ class Center:
         self._agree(error)
         self.differences = alike.differences(facts, first, self._root)
         """How this rank's ``facts`` differ from rank 0's, in words."""
+        self._key = self._together(lambda: shutdown.free_finished(self._mpi_comm))
         self._allocate(hosts, planes, resume.version if resume else 0)
         self.arrays_client = self.client(dict(zip(self._names, values, strict=True)))
         """The client of this rank's ``arrays``."""
@@ -362,6 +369,7 @@ class Center:
                     rule=self.rule,
                     groups=self.groups,
                     on_nonfinite=self._on_nonfinite,
+                    max_norm=self._max_norm,
                     wire_dtype=self._wire_dtype,
                     overlap=self._overlap,
                     gradients=self._gradients,
@@ -579,20 +587,24 @@ class Center:
         """This rank is done with the center. Waits for nobody; a second call does nothing.
 
         The arrays stay as they are. A host goes on answering other nodes. Its memory goes back to the system when all
-        ranks have closed, or, if some are on other nodes, at exit.
+        ranks have closed, or, if some are on other nodes, when they next make a center together, or at exit.
         """
+        self.end(failed=False)
+
+    def end(self, failed: bool) -> None:
+        """As :meth:`close`; ``failed``: because of an error, after which an optimizer has nothing to push."""
         if self._native is None:
             return
         owner, self._owner = self._owner, None
         try:
             if owner is not None:
-                owner.flush()
+                owner.before_close(failed)
         finally:
             for client in list(self._clients):
                 client.close()
             self._native.detach()
             if self._comm.size > 1:
-                shutdown.finished.append((self._serial, self._comm, self._native))
+                shutdown.finished.append(shutdown.Finished(self._serial, self._key, self._comm, self._native))
             else:
                 self._comm.free()
             self._native, self.closed = None, True
@@ -606,7 +618,7 @@ class Center:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.end(shutdown.is_failure(error))
 
     def check_open(self) -> None:
         """Raise UsageError if the center is closed."""
@@ -614,7 +626,7 @@ class Center:
 
     def _open(self) -> _core.Center:
         if self._native is None:
-            raise UsageError(f"{self.label}: used after close().")
+            raise shutdown.used_after_close(self.label)
         return self._native
 
 

@@ -7,9 +7,20 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from . import _core
-from .errors import LayoutError, NonFiniteError, NonFiniteWarning, RuleError, RuleOverflowWarning, UsageError, warn
+from . import _core, shutdown
+from .errors import (
+    LayoutError,
+    NonFiniteError,
+    NonFiniteWarning,
+    RuleError,
+    RuleOverflowWarning,
+    UsageError,
+    say,
+    warn,
+)
 from .rules import Rule
+
+_ACCEPTED, _TOO_FAR = -1, -2  # from the core, else the number of an array
 
 
 class Stats(TypedDict):
@@ -18,7 +29,7 @@ class Stats(TypedDict):
     exchanges: int
     """Pushes that the center took."""
     pushes_refused: int
-    """Deltas with a NaN or an Inf."""
+    """Deltas with a NaN or an Inf, or above ``max_norm``."""
     blocks_refused: int
     """Blocks left as they were because the rule would have overflowed there."""
     pulls: int
@@ -53,6 +64,7 @@ class Client:
         rule: Rule,
         groups: int,
         on_nonfinite: str,
+        max_norm: float | None,
         wire_dtype: str | None,
         overlap: bool,
         gradients: bool,
@@ -65,14 +77,16 @@ class Client:
         self._names = list(names)
         self._arrays = list(arrays)
         self._on_nonfinite = on_nonfinite
+        self._max_norm = max_norm
         self._blocks_refused = 0
+        self._held_back: dict[type[Warning], int] = {}  # by kind, once there was a warning
         self._native: _core.Client | None = _core.Client(
-            center, register(names, arrays), wire_dtype or "none", overlap, gradients
+            center, register(names, arrays), wire_dtype or "none", overlap, gradients, max_norm or 0.0
         )
 
     def _open(self) -> _core.Client:
         if self._native is None:
-            raise UsageError(f"{self._label}: used after close().")
+            raise shutdown.used_after_close(self._label)
         return self._native
 
     @property
@@ -132,8 +146,8 @@ class Client:
                 one for all, or one for each.
 
         Returns:
-            True, or False if the delta had a NaN or an Inf and was refused: then the center was not touched and the
-            arrays are set to it.
+            True, or False if the delta had a NaN or an Inf, or was above ``max_norm``, and was refused: then the
+            center was not touched and the arrays are set to it.
 
         Raises:
             NonFiniteError: refused, with ``on_nonfinite="raise"``; center and arrays are as before the call.
@@ -154,17 +168,22 @@ class Client:
                 f"{self._label}: {error}. The blocks concerned stay as they were; what was to be pushed to them "
                 "goes into the next exchange."
             ) from None
-        if refused < 0:
+        if refused == _ACCEPTED:
             self._warn_of_refused_blocks(native.blocks_refused)
             return True
+        if refused == _TOO_FAR:
+            bound = f"max_norm={self._max_norm}" if self._max_norm else "what clip_norm can be taken of"
+            what = f"the update has a norm of {native.refused_norm:.6g}, above {bound}"
+        else:
+            what = f"the update of {self._names[refused]!r} has a NaN or an Inf"
         text = (
-            f"{self._label}: the update of {self._names[refused]!r} has a NaN or an Inf; this exchange was "
-            f"refused and the center is untouched ({native.stats()['pushes_refused']} so far on this rank). "
+            f"{self._label}: {what}; this exchange was refused and the center is untouched "
+            f"({native.stats()['pushes_refused']} so far on this rank). "
         )
         if self._on_nonfinite == "raise":
             raise NonFiniteError(text + "The parameters are left as they are; pull() sets them to the center.")
         native.pull()
-        warn(
+        self._warn_once(
             text + "The parameters are set back to the center. Check the loss, the learning rate and, if it goes on, "
             "the state of the local optimizer.",
             NonFiniteWarning,
@@ -174,11 +193,23 @@ class Client:
     def _warn_of_refused_blocks(self, count: int) -> None:
         refused, self._blocks_refused = count - self._blocks_refused, count
         if refused > 0:
-            warn(
+            self._warn_once(
                 f"{self._label}: {self._rule} overflowed in {refused} blocks of the center. They stay as "
                 "they were, and this worker's update of them is dropped. Check the learning rate.",
                 RuleOverflowWarning,
             )
+
+    def _warn_once(self, text: str, category: type[Warning]) -> None:
+        """Warn of the first of a kind; of later ones :meth:`close` tells the number."""
+        first = category not in self._held_back
+        held_back = warn(text, category, first)
+        self._held_back[category] = self._held_back.get(category, 0) + held_back
+
+    def _tell_held_back(self) -> None:
+        if more := self._held_back.get(NonFiniteWarning):
+            say(f"{self._label}: {more} more exchanges were refused after the one that was warned of.")
+        if more := self._held_back.get(RuleOverflowWarning):
+            say(f"{self._label}: {self._rule} overflowed in {more} more exchanges after the one that was warned of.")
 
     def start(self, steps: float = 1, *, lr: float | Sequence[float] | None = None) -> None:
         """Begin an exchange of the arrays as they are now, in the background; they may change meanwhile.
@@ -325,6 +356,7 @@ class Client:
             return
         self._native.close()
         self._native = None
+        self._tell_held_back()
         self._arrays = []
         self._on_close(self)
 

@@ -3,6 +3,8 @@
 The native core reads no environment: what it needs is handed to it.
 """
 
+import math
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ COMMUNICATION_PERIOD = 10
 """Local steps between two exchanges."""
 
 ON_NONFINITE = ("skip", "raise")
-"""What happens to a delta with a NaN or an Inf; the first is the default."""
+"""What happens to a delta with a NaN or an Inf, or above ``max_norm``; the first is the default."""
 
 TRANSPORTS = ("auto", "direct", "mailbox")
 """How ranks reach a shard: shared memory on its node and mailboxes elsewhere, or only one of them."""
@@ -26,6 +28,12 @@ WIRES = (None, "bf16", "fp16", "int8")
 
 ACCUMULATE = ("updates", "gradients")
 """What a worker pushes the mean of; the first is the default."""
+
+MAX_NORM: float | None = None
+"""Euclidean norm of a delta above which it is refused; None: any finite one is taken."""
+
+PUSH_ON_ERROR = False
+"""Whether a rank that ends with an error pushes its unfinished period."""
 
 CENTER_RANKS = (0,)
 """Ranks that host the center's shards."""
@@ -139,6 +147,13 @@ def choose(argument: str, value: T, choices: tuple[T, ...]) -> T:
     if value not in choices:
         raise ConfigError(f"{argument}={value!r}: give one of {', '.join(map(str, choices))}.")
     return value
+
+
+def check_max_norm(value: float | None) -> None:
+    """Raise ConfigError unless it is None or a finite number above 0."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
+        raise ConfigError(f"max_norm={value!r}: give a finite number above 0, or None.")
 
 
 def check_environment() -> None:

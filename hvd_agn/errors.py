@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 
 class AGNError(Exception):
@@ -31,7 +32,7 @@ class SharedMemoryError(AGNError, MemoryError):
 
 
 class NonFiniteError(AGNError, FloatingPointError):
-    """A delta has a NaN or an Inf, and ``on_nonfinite="raise"`` was asked for."""
+    """A delta has a NaN or an Inf, or is above ``max_norm``, and ``on_nonfinite="raise"`` was asked for."""
 
 
 class CheckpointError(AGNError, ValueError):
@@ -59,7 +60,7 @@ class RestoredError(AGNError, RuntimeError):
 
 
 class NonFiniteWarning(RuntimeWarning):
-    """A delta with a NaN or an Inf was refused."""
+    """A delta with a NaN or an Inf, or above ``max_norm``, was refused."""
 
 
 class RuleOverflowWarning(NonFiniteWarning):
@@ -85,9 +86,37 @@ class UsageWarning(UserWarning):
 _FRAMEWORKS = ("hvd_agn.", "torch.", "tensorflow.", "keras.")
 
 
-def warn(message: str, category: type[Warning]) -> None:
-    """Warn, at the line of the user's code that led here."""
+def say(text: str) -> None:
+    """A line on stderr, for what is neither an error nor a warning of this place in the code."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def warn(message: str, category: type[Warning], first: bool = True) -> bool:
+    """Warn, at the line of the user's code that led here.
+
+    Args:
+        first: False: only if a filter makes an error of it.
+
+    Returns:
+        Whether it was held back, though a filter would have let it through.
+    """
     level, frame = 2, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_FRAMEWORKS):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    warnings.warn(message, category, stacklevel=level)
+    if first or (action := _action(message, category, frame)) == "error":
+        warnings.warn(message, category, stacklevel=level)
+        return False
+    return action != "ignore"
+
+
+def _action(message: str, category: type[Warning], frame: FrameType | None) -> str:
+    """What the filters say of a warning at a frame, as ``warnings.warn`` reads them."""
+    module, line = (frame.f_globals.get("__name__", ""), frame.f_lineno) if frame else ("sys", 1)
+
+    def matches(pattern: Any, text: str) -> bool:
+        return pattern is None or (pattern == text if isinstance(pattern, str) else bool(pattern.match(text)))
+
+    for action, text, kind, where, number in warnings.filters:
+        if matches(text, message) and issubclass(category, kind) and matches(where, module) and number in (0, line):
+            return action
+    return "default"

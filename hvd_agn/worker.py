@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from . import config, rules
+from . import config, rules, shutdown
 from .alike import Facts
 from .center import Center
 from .checkpoint import Resume, WorkerState
@@ -56,6 +56,8 @@ class Settings:
     transport: str | None = None
     wire_dtype: str | None = config.WIRES[0]
     on_nonfinite: str = config.ON_NONFINITE[0]
+    max_norm: float | None = config.MAX_NORM
+    push_on_error: bool = config.PUSH_ON_ERROR
     name: str = "AGNOptimizer"
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class Settings:
         config.choose("accumulate", self.accumulate, config.ACCUMULATE)
         config.choose("wire_dtype", self.wire_dtype, config.WIRES)
         config.choose("on_nonfinite", self.on_nonfinite, config.ON_NONFINITE)
+        config.check_max_norm(self.max_norm)
+        config.choose("push_on_error", self.push_on_error, (True, False))
         if self.transport is not None:
             config.choose("transport", self.transport, config.TRANSPORTS)
 
@@ -214,6 +218,7 @@ class Worker(Generic[A]):
             overlap=settings.overlap,
             accumulate=settings.accumulate,
             on_nonfinite=settings.on_nonfinite,
+            max_norm=settings.max_norm,
             name=settings.name,
             resume=resume,
             facts=facts,
@@ -320,16 +325,19 @@ class Worker(Generic[A]):
             if not self._layout_changed:  # else nothing was done to them
                 self.arrays.put_back(local)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Push what is left and let go of the center; the wrapped optimizer can be used on. Waits for nobody.
 
         A second call does nothing. At exit it is called for you.
+
+        Args:
+            error: what this comes from; then nothing is pushed, unless ``push_on_error`` was given.
         """
         if self.viewing_center:
             self.check_open("close()")
         if self._layout_changed:  # the last exchange has said that they cannot be pushed
             self.center.own(None)
-        self.center.close()
+        self.center.end(shutdown.is_failure(error))
         self.closed()
 
     def closed(self) -> None:
@@ -337,6 +345,11 @@ class Worker(Generic[A]):
         if self in _open:
             _open.remove(self)
             self._on_close()
+
+    def before_close(self, failed: bool) -> None:
+        """For ``Center.end``: push what is left."""
+        if self.settings.push_on_error or not failed:
+            self.flush()
 
     # ---- what is done where the parameters can be reached
 

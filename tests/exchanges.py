@@ -142,7 +142,36 @@ def refusals(host):
 
 
 def refuse(folder):
-    return at_a_worker(folder, refusals)
+    return at_a_worker(folder, lambda host: (refusals(host), bound(host.center), bound(rounded(host)))[1:])
+
+
+def rounded(host):
+    return lambda arrays, **options: host.center(arrays, wire_dtype="bf16", **options)
+
+
+def bound(make):
+    """The norm is that of the mean, over all arrays: 400 ones have 20."""
+    theta = [np.zeros(300), np.zeros(100)]
+    center = make(theta, max_norm=20.0)
+    for array in theta:
+        array += 3
+    assert center.exchange(3)
+    same(center.snapshot().values(), [1, 1])
+    for array in theta:
+        array += 3.03
+    with pytest.warns(NonFiniteWarning, match=r"the update has a norm of 20\.2, above max_norm=20\.0; this exchange"):
+        assert not center.exchange(3)
+    same(theta, [1, 1])
+    same(center.snapshot().values(), [1, 1])
+    assert center.stats()["pushes_refused"] == 1
+    center = make(theta, max_norm=49, on_nonfinite="raise")
+    theta[0][3] += 50
+    with pytest.raises(NonFiniteError, match=r"norm of 50, above max_norm=49; .*left as they are"):
+        center.exchange(1)
+    assert theta[0][3] == 51
+    center.pull()
+    assert theta[0][3] == 1
+    assert center.exchange(1)
 
 
 # ---- files

@@ -52,12 +52,10 @@ def wrap(model, period=4, rule=None):
     return AGNOptimizer(inner, period, rule=rule, named_parameters=model.named_parameters())
 
 
-def count(period=4, start=0.0, on_nonfinite="skip"):
+def count(period=4, start=0.0, **options):
     """A parameter that goes up by 1 in every step, and its optimizer."""
     p = nn.Parameter(torch.full((300,), start))
-    opt = AGNOptimizer(
-        torch.optim.SGD([p], lr=1.0), period, named_parameters=[("p", p)], on_nonfinite=on_nonfinite, name="count"
-    )
+    opt = AGNOptimizer(torch.optim.SGD([p], lr=1.0), period, named_parameters=[("p", p)], name="count", **options)
     p.grad = torch.full_like(p, -1.0)
     return p, opt
 

@@ -260,10 +260,8 @@ void Center::free(Comm& comm) {
     return sum;
   };
   await_thread();
-  // A rank that works on no shard itself does not see the others' pushes: it warns, but cannot tell when to give up.
-  StallLimits limits = comm.limits();
-  if (shards_.empty()) limits.abort = 0;
-  comm.barrier("has ended and waits for the other ranks to end", limits, pushes);
+  // A rank that works on no shard itself does not see the others' pushes: its limit runs from its own end.
+  comm.barrier("has ended and waits for the other ranks to end", comm.limits(), pushes);
   if (mailbox_) mailbox_->free();
   if (window_ == MPI_WIN_NULL) return;
   check(MPI_Win_unlock_all(window_), rank_, "MPI_Win_unlock_all");

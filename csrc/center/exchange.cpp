@@ -233,9 +233,7 @@ std::size_t Client::find_nonfinite() const {
   return kAccepted;
 }
 
-double Client::clipped(double steps) const {
-  const double limit = center_->rule().clip_norm;
-  if (limit <= 0) return steps;
+double Client::norm() const {
   const Layout& layout = center_->layout();
   double squares = 0;
   for (std::size_t b = 0; b < layout.blocks(); ++b)
@@ -246,7 +244,14 @@ double Client::clipped(double steps) const {
               ? kernels().distance(layout.dtype(*part), {accumulator(*part), nullptr, nullptr, nullptr, 0, part->count})
               : kernels().distance(buffers_[part->segment].dtype, piece(*part, nullptr, nullptr));
     }
-  return std::max(steps, std::sqrt(squares) / limit);  // of the norm of the mean, 1 / steps
+  return std::sqrt(squares);
+}
+
+std::size_t Client::refuse(std::size_t why, double norm) {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  ++stats_.pushes_refused;
+  refused_norm_ = norm;
+  return why;
 }
 
 // ---- the exchange
@@ -275,24 +280,22 @@ std::size_t Client::exchange(double steps, bool exact, std::vector<double> rates
 
 std::size_t Client::exchange_all(double steps, bool exact) {
   const Timed timed(&stats_.seconds, &counts_mutex_);
-  if (const std::size_t segment = find_nonfinite(); segment != kAccepted) {
-    const std::lock_guard<std::mutex> lock(counts_mutex_);
-    ++stats_.pushes_refused;
-    return segment;
+  if (const std::size_t segment = find_nonfinite(); segment != kAccepted) return refuse(segment);
+  Push push;
+  push.steps = steps;
+  const double limit = center_->rule().clip_norm;
+  if (limit > 0 || options_.max_norm > 0) {
+    const double whole = norm();
+    if (!std::isfinite(whole) || (options_.max_norm > 0 && whole / steps > options_.max_norm))
+      return refuse(kTooFar, whole / steps);
+    if (limit > 0) push.steps = std::max(steps, whole / limit);  // of the norm of the mean, 1 / steps
   }
   std::fill(progress_.begin(), progress_.end(), Progress::untouched);
   next_range_ = Range::normal;
   failure_.clear();
   restored_ = false;
   Mailbox* mailbox = center_->mailbox();
-  Push push;
-  push.steps = clipped(steps);
   push.power = power_ + steps + 1;
-  if (!std::isfinite(push.steps)) {  // so far from the anchor that the norm overflows
-    const std::lock_guard<std::mutex> lock(counts_mutex_);
-    ++stats_.pushes_refused;
-    return 0;
-  }
   PushTransfer transfer(*this, push, exact);
   if (residual_ && !exact) {  // also when it fails half-way
     owes_ = true;
@@ -537,6 +540,11 @@ bool Client::owes() const {
 std::uint64_t Client::blocks_refused() const {
   const std::lock_guard<std::mutex> lock(counts_mutex_);
   return stats_.blocks_refused;
+}
+
+double Client::refused_norm() const {
+  const std::lock_guard<std::mutex> lock(counts_mutex_);
+  return refused_norm_;
 }
 
 std::uint64_t Client::latest_version() const {

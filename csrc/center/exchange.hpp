@@ -25,7 +25,7 @@ struct Stats {
   static constexpr std::size_t kStalenessBins = 65;  // 0 ... 63, and all above
 
   std::uint64_t exchanges = 0;       // pushes accepted
-  std::uint64_t pushes_refused = 0;  // deltas with NaN or Inf
+  std::uint64_t pushes_refused = 0;  // deltas with NaN or Inf, or of too large a norm
   std::uint64_t blocks_refused = 0;  // blocks on which the rule overflowed, of accepted pushes
   std::uint64_t pulls = 0;
   std::uint64_t bytes = 0;       // of parameters, pushed and pulled
@@ -43,11 +43,13 @@ struct Stats {
 class Client {
  public:
   static constexpr std::size_t kAccepted = static_cast<std::size_t>(-1);
+  static constexpr std::size_t kTooFar = static_cast<std::size_t>(-2);
 
   struct Options {
     Wire wire = Wire::center;  // to and from other nodes
     bool overlap = false;      // allows start() and finish(), at the price of one more copy of the arrays
     bool gradients = false;    // pushes the mean of accumulated gradients, and not how far the buffers have come
+    double max_norm = 0;       // of a push, the rule's clip_norm not yet applied; 0: any
   };
 
   /// Sets the buffers, one per segment of the center's layout, to the center.
@@ -74,9 +76,10 @@ class Client {
   Buffer accumulator(std::size_t segment) const;
   void touch(const std::vector<bool>& segments);
 
-  /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf: then
-  /// neither the center nor the buffers were touched. `exact`: in the center's type whatever the wire, with all that
-  /// was rounded away before.
+  /// One exchange after `steps` local steps. Returns kAccepted, or a segment whose delta has a NaN or Inf, or
+  /// kTooFar if its norm is above Options::max_norm, or more than a double holds where the rule needs it: then neither
+  /// the center nor the buffers were touched. `exact`: in the center's type whatever the wire, with all that was
+  /// rounded away before.
   /// `rates`: the worker's learning rates, as many as Groups::rates(), for rules that follow them.
   std::size_t exchange(double steps, bool exact, std::vector<double> rates);
   /// Something was rounded away and is still to be pushed.
@@ -113,6 +116,8 @@ class Client {
 
   Stats stats() const;
   std::uint64_t blocks_refused() const;
+  /// Of the last push that was refused for it.
+  double refused_norm() const;
   /// Pushes that the block with the most has had, as last received.
   std::uint64_t latest_version() const;
   /// Steps and pushes so far, for a rule that counts by worker.
@@ -142,7 +147,8 @@ class Client {
   std::size_t first_block(std::size_t begin, std::size_t end) const;
   bool finite_block(std::size_t block, std::size_t* segment) const;
   std::size_t find_nonfinite() const;
-  double clipped(double steps) const;
+  double norm() const;
+  std::size_t refuse(std::size_t why, double norm = 0);
   std::size_t exchange_all(double steps, bool exact);
   void exchange_shard(Shard& shard, const Push& push);
   void exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push);
@@ -234,6 +240,7 @@ class Client {
   std::vector<Progress> progress_;      // of each block
   Range anchor_range_ = Range::normal;  // at least that of every element
   Range next_range_ = Range::normal;    // of the exchange under way
+  double refused_norm_ = 0;
   Stats stats_;
 };
 

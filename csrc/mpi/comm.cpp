@@ -12,7 +12,8 @@ namespace hvd_agn {
 
 namespace {
 constexpr double kNever = 3600.0;
-}
+constexpr int kBarrierTag = 1;
+}  // namespace
 
 void check(int code, int rank, const std::string& operation) {
   if (code == MPI_SUCCESS) return;
@@ -51,9 +52,9 @@ void StallWatch::report(const std::string& what) {
 Comm::Comm(MPI_Comm parent, StallLimits limits) : limits_(limits), process_(getpid()) {
   check(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), -1, "MPI_Comm_rank");
   check(MPI_Comm_rank(parent, &index_), rank_, "MPI_Comm_rank");
-  MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Comm_idup(parent, &comm_, &request), rank_, "MPI_Comm_idup");
-  wait(&request, "waits for every rank to create its center; a rank that never does holds up the others", limits_,
+  std::vector<MPI_Request> request = {MPI_REQUEST_NULL};
+  check(MPI_Comm_idup(parent, &comm_, request.data()), rank_, "MPI_Comm_idup");
+  wait(request, "waits for every rank to create its center; a rank that never does holds up the others", limits_,
        nullptr);
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), rank_, "MPI_Comm_set_errhandler");
   check(MPI_Comm_size(comm_, &size_), rank_, "MPI_Comm_size");
@@ -83,16 +84,17 @@ void Comm::find_world_ranks() {
   check(MPI_Group_free(&world), rank_, "MPI_Group_free");
 }
 
-void Comm::wait(MPI_Request* request, const std::string& what, StallLimits limits,
+void Comm::wait(std::vector<MPI_Request>& requests, const std::string& what, StallLimits limits,
                 const std::function<std::uint64_t()>& progress) {
   StallWatch watch(limits, rank_);
-  std::uint64_t count = progress ? progress() : 0;
+  std::uint64_t seen = progress ? progress() : 0;
   auto nap = std::chrono::microseconds(20);
   for (int done = 0;;) {
-    check(MPI_Test(request, &done, MPI_STATUS_IGNORE), rank_, "MPI_Test");
+    check(MPI_Testall(static_cast<int>(requests.size()), requests.data(), &done, MPI_STATUSES_IGNORE), rank_,
+          "MPI_Testall");
     if (done) return;
-    if (progress && progress() != count) {
-      count = progress();
+    if (progress && progress() != seen) {
+      seen = progress();
       watch.restart();
     }
     watch.poll([&] { return what; });
@@ -106,10 +108,25 @@ void Comm::barrier(const std::string& what, StallLimits limits, const std::funct
   HVD_AGN_EXPECTS(
       !given_up_, StallError, "[rank ", rank_, "] hvd_agn: ", what,
       ", which cannot be: this rank gave up an earlier wait for all ranks. End the job and start it again.");
-  MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Ibarrier(comm_, &request), rank_, "MPI_Ibarrier");
-  given_up_ = true;  // should the wait throw: MPI still counts this barrier, and the next would answer it
-  wait(&request, what, limits, progress);
+  given_up_ = true;  // should a wait throw: the others still count this barrier, and the next would answer it
+  // To rank 0 and back, so that nobody sends to a rank that does not come: MPICH 5.0.2 crashes in a send to one on
+  // another node that has died, also within MPI_Ibarrier.
+  std::vector<MPI_Request> requests(index_ == 0 ? size_ - 1 : 2, MPI_REQUEST_NULL);
+  const auto receive = [&](int from, MPI_Request& request) {
+    check(MPI_Irecv(nullptr, 0, MPI_BYTE, from, kBarrierTag, comm_, &request), rank_, "MPI_Irecv");
+  };
+  const auto send = [&](int to, MPI_Request& request) {
+    check(MPI_Isend(nullptr, 0, MPI_BYTE, to, kBarrierTag, comm_, &request), rank_, "MPI_Isend");
+  };
+  if (index_ == 0) {
+    for (int rank = 1; rank < size_; ++rank) receive(rank, requests[rank - 1]);
+    wait(requests, what, limits, progress);
+    for (int rank = 1; rank < size_; ++rank) send(rank, requests[rank - 1]);
+  } else {
+    receive(0, requests[0]);
+    send(0, requests[1]);
+  }
+  wait(requests, what, limits, progress);
   given_up_ = false;
 }
 

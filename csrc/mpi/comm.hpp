@@ -82,6 +82,8 @@ class Comm {
   /// Of each rank: the first rank on its node.
   const std::vector<int>& nodes() const { return nodes_; }
   StallLimits limits() const { return limits_; }
+  /// Whether a barrier of this rank was given up, after which it can have no other.
+  bool given_up() const { return given_up_; }
 
   /// Collective. Sleeps while it waits, so that a rank that idles does not take a core from those that train. After one
   /// that was given up, every later one throws StallError at once; in a forked child, UsageError.
@@ -94,7 +96,7 @@ class Comm {
 
  private:
   void find_world_ranks();
-  void wait(MPI_Request* request, const std::string& what, StallLimits limits,
+  void wait(std::vector<MPI_Request>& requests, const std::string& what, StallLimits limits,
             const std::function<std::uint64_t()>& progress);
 
   StallLimits limits_;

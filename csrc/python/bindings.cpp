@@ -92,7 +92,8 @@ Wire wire_of(const std::string& name) {
 }
 
 std::int64_t refusal(std::size_t segment) {
-  return segment == Client::kAccepted ? std::int64_t{-1} : static_cast<std::int64_t>(segment);
+  static_assert(static_cast<std::int64_t>(Client::kAccepted) == -1 && static_cast<std::int64_t>(Client::kTooFar) == -2);
+  return static_cast<std::int64_t>(segment);
 }
 
 nb::dict stats_dict(const Client& client) {
@@ -213,6 +214,7 @@ void bind_comm(nb::module_& m) {
       .def_prop_ro("size", &Comm::size)
       .def_prop_ro("world_ranks", &Comm::world_ranks)
       .def_prop_ro("node_rank", &Comm::node_rank)
+      .def_prop_ro("given_up", &Comm::given_up)
       .def_prop_ro("node_size", &Comm::node_size)
       .def_prop_ro("nodes", &Comm::nodes)
       .def(
@@ -314,10 +316,10 @@ void bind_client(nb::module_& m) {
       .def(
           "__init__",
           [](Client* self, std::shared_ptr<Center> center, std::vector<Buffer> buffers, const std::string& wire,
-             bool overlap, bool gradients) {
-            new (self) Client(std::move(center), std::move(buffers), {wire_of(wire), overlap, gradients});
+             bool overlap, bool gradients, double max_norm) {
+            new (self) Client(std::move(center), std::move(buffers), {wire_of(wire), overlap, gradients, max_norm});
           },
-          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, "gradients"_a, Release())
+          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, "gradients"_a, "max_norm"_a, Release())
       .def(
           "accumulate",
           [](Client& self, const std::vector<const Buffer*>& gradients) {
@@ -343,7 +345,8 @@ void bind_client(nb::module_& m) {
             return refusal(self.exchange(steps, exact, std::move(rates)));
           },
           "steps"_a, "exact"_a, "rates"_a, Release(),
-          "Index of the array whose delta was refused, or -1. `rates`: a learning rate per group, if a rule follows.")
+          "Index of the array whose delta was refused, -1 if none was, -2 if its norm was too large. `rates`: a "
+          "learning rate per group, if a rule follows.")
       .def("start", &Client::start, "steps"_a, "rates"_a, Release())
       .def_prop_ro("started", &Client::started)
       .def_prop_ro("ready", &Client::ready)
@@ -374,6 +377,7 @@ void bind_client(nb::module_& m) {
       .def("close", &Client::close, Release())
       .def("stats", &stats_dict)
       .def_prop_ro("blocks_refused", &Client::blocks_refused)
+      .def_prop_ro("refused_norm", &Client::refused_norm)
       .def_prop_ro("latest_version", &Client::latest_version)
       .def_prop_rw("versions", &Client::versions, &Client::set_versions)
       .def_prop_rw("power", &Client::power, &Client::set_power)

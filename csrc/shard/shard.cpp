@@ -45,6 +45,7 @@ void reach(Stage stage, std::size_t block) {
 
 struct Shard::Header {
   std::atomic<std::int64_t> attached;  // users
+  std::int64_t users;                  // at first
   std::atomic<std::uint64_t> recoveries;
 };
 
@@ -80,7 +81,6 @@ Shard::Shard(void* base, const Layout& layout, std::size_t begin, std::size_t en
   header_ = reinterpret_cast<Header*>(at);
   headers_ = reinterpret_cast<BlockHeader*>(at + round_up(sizeof(Header), kPage));
   physical_ = at + round_up(sizeof(Header), kPage) + round_up(blocks * sizeof(BlockHeader), kPage);
-  end_of_memory_ = physical_ + blocks * stride_;  // the spares are few
   spare_ = blocks + static_cast<std::size_t>(user);
 }
 
@@ -90,6 +90,7 @@ void Shard::format(int users) {
   std::memset(base, 0, static_cast<std::size_t>(physical_ - base) + (blocks + users) * stride_);
   new (header_) Header{};
   header_->attached.store(users);
+  header_->users = users;
   pthread_mutexattr_t shared;
   pthread_mutexattr_init(&shared);
   pthread_mutexattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
@@ -108,11 +109,12 @@ void Shard::detach() {
   if (!attached_ || getpid() != process_) return;
   attached_ = false;
   if (header_->attached.fetch_sub(1) > 1) return;
-  // A window can only go collectively, at exit; its pages need not wait for that. Where the window is not in a
-  // shared-memory file system the call fails, and they do.
+  // A window can only go collectively, when the ranks next meet; its pages need not wait for that. Where the window is
+  // not in a shared-memory file system the call fails, and they do.
+  const std::size_t physical = end_ - begin_ + static_cast<std::size_t>(header_->users);
   auto* blocks = reinterpret_cast<std::byte*>(round_up(reinterpret_cast<std::uintptr_t>(physical_), kPage));
-  if (blocks < end_of_memory_)
-    madvise(blocks, static_cast<std::size_t>(end_of_memory_ - blocks) / kPage * kPage, MADV_REMOVE);
+  const std::byte* end = physical_ + physical * stride_;
+  if (blocks < end) madvise(blocks, static_cast<std::size_t>(end - blocks) / kPage * kPage, MADV_REMOVE);
 }
 
 std::byte* Shard::physical(std::uint64_t index) const {

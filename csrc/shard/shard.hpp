@@ -116,7 +116,6 @@ class Shard {
   Header* header_;
   BlockHeader* headers_;
   std::byte* physical_;
-  std::byte* end_of_memory_;
   std::uint64_t spare_;
   std::mutex spare_mutex_;  // several clients of one process share its spare
   bool attached_ = true;

@@ -48,8 +48,8 @@ class AGNOptimizer(Wrapper):
         optimizer: any ``keras.optimizers.Optimizer``, with the same variables on every rank; or a name or
             configuration, as ``keras.optimizers.get`` takes it.
         communication_period, rule, normalize, accumulate, overlap, comm, center_ranks, transport, wire_dtype,
-            on_nonfinite: see :class:`hvd_agn.torch.AGNOptimizer`. Besides the anchor, an exchange takes memory for one
-            more copy of the variables.
+            on_nonfinite, max_norm, push_on_error: see :class:`hvd_agn.torch.AGNOptimizer`. Besides the anchor, an
+            exchange takes memory for one more copy of the variables.
         name: of this optimizer, as Keras has it, and in messages.
 
     Raises:
@@ -71,6 +71,8 @@ class AGNOptimizer(Wrapper):
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        max_norm: float | None = config.MAX_NORM,
+        push_on_error: bool = config.PUSH_ON_ERROR,
         name: str | None = None,
     ) -> None:
         if isinstance(optimizer, (str, dict)):
@@ -89,6 +91,8 @@ class AGNOptimizer(Wrapper):
             transport=transport,
             wire_dtype=wire_dtype,
             on_nonfinite=on_nonfinite,
+            max_norm=max_norm,
+            push_on_error=push_on_error,
             name=self.name,
         )
         refuse_accumulation(optimizer, self._settings)
@@ -290,8 +294,9 @@ class AGNOptimizer(Wrapper):
     def __enter__(self) -> "AGNOptimizer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._worker is not None:
+            self._worker.close(error)
 
     @property
     def communication_period(self) -> int:
@@ -311,8 +316,8 @@ class AGNOptimizer(Wrapper):
         """What :meth:`save_own_variables` saved, or else the wrapped optimizer's own file. Not collective.
 
         Before there is a center: it will begin as rank 0's file has it, and so will a worker whose file is of its own
-        rank among as many; the others take the center over. Later: as ``load_state_dict`` of the torch optimizer, every
-        rank loads, each for itself; rank 0 sets the center to the one in its file.
+        rank among as many; the others take the center over. Later: every rank loads, each for itself; rank 0 sets the
+        center to the one in its file.
 
         Raises:
             CheckpointError: the file is damaged, or of other variables.

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["AGNOptimizer"]
 
 
+def _of_wrapped(name: str) -> Any:
+    def call(self: "AGNOptimizer", *args: Any, **kwargs: Any) -> Any:
+        """The wrapped optimizer's, which takes what it takes."""
+        return getattr(self.optimizer, name)(*args, **kwargs)
+
+    return call
+
+
 class AGNOptimizer(torch.optim.Optimizer):
     """Wraps an optimizer so that its parameters are exchanged with a center every ``communication_period`` steps.
 
@@ -60,6 +68,10 @@ class AGNOptimizer(torch.optim.Optimizer):
             :class:`hvd_agn.Center`.
         on_nonfinite: what to do with an update that has a NaN or an Inf. ``"skip"``: refuse it, warn, set the
             parameters to the center; ``"raise"``: refuse it and raise, leaving the parameters as they are.
+        max_norm: refuse an update whose Euclidean norm over all parameters, as it would be pushed but before the rule's
+            ``clip_norm``, is above this, as one with a NaN. Costs one more pass over the parameters. None: do not.
+        push_on_error: push the unfinished period also where an exception leaves ``with``, or the program ends with one
+            or with ``sys.exit`` of a status other than 0. By default what a failing rank has not pushed is dropped.
         name: used in messages.
 
     Raises:
@@ -84,6 +96,8 @@ class AGNOptimizer(torch.optim.Optimizer):
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        max_norm: float | None = config.MAX_NORM,
+        push_on_error: bool = config.PUSH_ON_ERROR,
         name: str = "AGNOptimizer",
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -101,6 +115,8 @@ class AGNOptimizer(torch.optim.Optimizer):
             transport=transport,
             wire_dtype=wire_dtype,
             on_nonfinite=on_nonfinite,
+            max_norm=max_norm,
+            push_on_error=push_on_error,
             name=name,
         )
         # What unpickling an optimizer does: it sets up hooks and profiling without touching groups or state, which are
@@ -165,10 +181,6 @@ class AGNOptimizer(torch.optim.Optimizer):
         else:
             setattr(self.optimizer, name, value)
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """The wrapped optimizer's, which takes what it takes."""
-        self.optimizer.zero_grad(*args, **kwargs)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the center was laid out for the parameters that there were.
 
@@ -190,21 +202,11 @@ class AGNOptimizer(torch.optim.Optimizer):
         self._worker.careful = True
         return super().register_step_post_hook(hook)
 
-    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped optimizer's, as the next three are: its ``state_dict`` is the one that is called."""
-        return self.optimizer.register_state_dict_pre_hook(*args, **kwargs)
-
-    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped optimizer's."""
-        return self.optimizer.register_state_dict_post_hook(*args, **kwargs)
-
-    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped optimizer's."""
-        return self.optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
-
-    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped optimizer's."""
-        return self.optimizer.register_load_state_dict_post_hook(*args, **kwargs)
+    register_state_dict_pre_hook = _of_wrapped("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _of_wrapped("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _of_wrapped("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _of_wrapped("register_load_state_dict_post_hook")
+    zero_grad = _of_wrapped("zero_grad")
 
     def __getstate__(self) -> dict[str, Any]:
         raise UsageError(
@@ -302,8 +304,8 @@ class AGNOptimizer(torch.optim.Optimizer):
     def __enter__(self) -> "AGNOptimizer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._worker.close(error)
 
     # ---- checkpoints
 

@@ -1,8 +1,10 @@
 """Invariants on many ranks: conservation, no torn block, nothing lost at the end, nobody held up."""
 
 import os
+import re
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +188,86 @@ def many_centers():
 
 def test_many_centers():
     on_ranks(2, many_centers)
+
+
+def one_after_another(options):
+    """Trials in one process: what each has taken goes back when the next begins, of this group's or of all ranks'."""
+    from mpi4py import MPI
+
+    from hvd_agn import shutdown
+
+    def taken():
+        windows = sum("shm" in line for line in Path("/proc/self/maps").read_text().splitlines())
+        return windows, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    world = MPI.COMM_WORLD
+    half = world.Split(world.rank % 2)
+    counts = []
+    for trial in range(15):
+        theta = np.zeros(1000)
+        with Center([theta], rules.Adam(), half if trial % 3 else world, **options) as center:
+            theta += 1
+            center.exchange(1)
+            assert len(shutdown.finished) <= 1
+        if trial in (5, 14):
+            world.Barrier()
+            counts.append(taken())
+    assert all(late <= early + 2 for early, late in zip(*counts, strict=True)), counts
+
+
+def closed_by_some():
+    """A center that one rank still uses stays for all, however many others are made and freed."""
+    from mpi4py import MPI
+
+    from hvd_agn import shutdown
+
+    world = MPI.COMM_WORLD
+    late = Center([np.zeros(1000)], name="late")
+    if world.rank != 1:
+        late.close()
+    for _ in range(3):
+        theta = np.zeros(10)
+        with Center([theta]):
+            pass
+    if world.rank == 1:
+        late.arrays_client._arrays[0][:] = 5
+        assert late.exchange(1)
+        np.testing.assert_array_equal(late.snapshot()["array 0"], 5)
+        late.close()
+    assert len(shutdown.finished) == 2  # late, and the last of the others
+    Center([np.zeros(10)])
+    assert shutdown.finished == []
+
+
+def pages_left():
+    """KiB of memory that a center of one block and its spares takes, before and after all ranks have closed it."""
+    from mpi4py import MPI
+
+    def resident():
+        mappings = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text())
+        return sum(int(re.search(r"Rss: +(\d+)", mapping)[1]) for mapping in mappings if "/dev/shm" in mapping)
+
+    before = resident()
+    center = Center([np.ones(50_000)], rules.Adam())
+    MPI.COMM_WORLD.Barrier()
+    during = resident() - before
+    center.close()
+    MPI.COMM_WORLD.Barrier()
+    return during, resident() - before
+
+
+def closing():
+    one_after_another({})
+    one_after_another({"transport": "mailbox"})
+    closed_by_some()
+
+
+def test_closed_centers_are_freed_when_their_ranks_meet_again():
+    on_ranks(4, closing)
+
+
+def test_the_last_to_close_gives_the_spares_back_too():
+    during, after = on_ranks(2, pages_left, env={"HVD_AGN_BLOCK_BYTES": ""})[0]
+    if during < 1000:
+        pytest.skip("this MPI keeps its shared windows elsewhere than in /dev/shm")
+    assert after < during / 5

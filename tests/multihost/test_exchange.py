@@ -194,6 +194,41 @@ def test_a_worker_whose_host_stays_stopped_ends(hosts, rma, call, tmp_path):
     assert "[rank 1] hvd_agn: this rank ends with StallError" in done.stderr
 
 
+ONE_DIES = """
+import os, signal, time
+import numpy
+from mpi4py import MPI
+from hvd_agn import Center
+theta = numpy.zeros(1000, numpy.float32)
+center = Center([theta])
+MPI.COMM_WORLD.Barrier()
+if center.rank == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+for _ in range(30):
+    theta += 1
+    center.exchange(1)
+    time.sleep(0.02)
+"""
+# The launcher is to see no end before there are four.
+WAIT_FOR_ALL = """
+"$@"; echo "rank $PMI_RANK: exit status $?"
+touch "$0.$PMI_RANK"; while [ $(ls "$0".* | wc -l) -lt 4 ]; do sleep 0.1; done
+"""
+
+
+def test_a_dead_rank_on_another_node_is_given_up_on_at_exit(hosts, tmp_path):
+    """Three train on, and end by themselves: MPICH crashes in a send to the fourth."""
+    if "MPICH" not in _core.mpi_library_version():
+        pytest.skip("this MPI ends ranks that talk to a dead one, or cannot cross")
+    command = ["sh", "-c", WAIT_FOR_ALL, str(tmp_path / "ended"), sys.executable, "-c", ONE_DIES]
+    done = launch.run_ranks(4, command, timeout=60, hosts=hosts, env={"HVD_AGN_STALL_ABORT_SECONDS": "2"})
+    for rank, status in enumerate((1, 1, 1, 137)):
+        assert f"rank {rank}: exit status {status}\n" in done.stdout, done.stdout + done.stderr
+    for rank in range(3):
+        said = rf"\[rank {rank}\] hvd_agn: has ended and waits .*; this process ends without MPI_Finalize"
+        assert re.search(said, done.stderr), done.stderr
+
+
 def refuse_to_cross(transport, error):
     with pytest.raises({"MPIError": MPIError, "LaunchError": LaunchError}[error]) as caught:
         Center([np.zeros(10, np.float32)], transport=transport)

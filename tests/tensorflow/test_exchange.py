@@ -173,6 +173,18 @@ def test_a_refused_update_sets_the_variables_to_the_center():
     same(optimizer.center.snapshot().values(), [np.full(300, 2), np.full(5, 2)])
 
 
+def test_an_update_that_is_far_out_is_refused():
+    variables = variables_of([np.ones(300, "f4"), np.ones(100, "f8")])
+    optimizer = wrap(variables, max_norm=20.0)
+    apply = compiled(optimizer, variables)
+    for amount in (1.0, 1.0, 1.01):  # the mean of two has a norm of 20
+        apply([np.full(300, amount, "f4"), np.full(100, amount)])
+    with pytest.warns(NonFiniteWarning, match=r"the update has a norm of 20\.2, above max_norm=20\.0"):
+        apply([np.full(300, 1.01, "f4"), np.full(100, 1.01)])
+    same([v.numpy() for v in variables], [np.full(300, 2), np.full(100, 2)])
+    assert optimizer.stats()["pushes_refused"] == 1
+
+
 def test_a_warning_that_is_an_error_comes_out_and_the_variables_are_the_centers():
     variables = variables_of([np.ones(300, "f4")])
     optimizer = wrap(variables)
@@ -265,6 +277,20 @@ def test_gradients_of_several_steps_in_one_function_stay_apart():
             momentum = momentum * 0.5 - step
             expected -= momentum
         np.testing.assert_array_equal(variables[0], expected)
+
+
+@pytest.mark.parametrize(("push_on_error", "expected"), [(False, 1), (True, 11)])
+def test_with_that_an_error_leaves_pushes_only_if_asked_to(push_on_error, expected):
+    variables = variables_of([np.zeros(3, "f4")])
+    optimizer = wrap(variables, push_on_error=push_on_error)
+    optimizer.apply([np.ones(3, "f4")], variables)
+    other = np.zeros(3, "f4")
+    client = optimizer.center.client([other])
+    other += 10
+    client.exchange(1)
+    with pytest.raises(ZeroDivisionError), optimizer:
+        raise ZeroDivisionError
+    same([v.numpy() for v in variables], [np.full(3, expected)])
 
 
 # ---- calls where they make no sense, and several at once

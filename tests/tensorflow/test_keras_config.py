@@ -35,6 +35,8 @@ OPTIONS = {
     "transport": "mailbox",
     "wire_dtype": "bf16",
     "on_nonfinite": "raise",
+    "max_norm": 1e6,
+    "push_on_error": True,
     "name": "mine",
 }
 
@@ -117,6 +119,8 @@ BAD = {
     "accumulate": ["grads", None],
     "wire_dtype": ["fp8"],
     "on_nonfinite": ["ignore"],
+    "max_norm": [0, -1.0, True, "1"],
+    "push_on_error": ["yes"],
     "transport": ["tcp"],
 }
 

@@ -227,6 +227,18 @@ def test_with_closes():
         opt.step()
 
 
+@pytest.mark.parametrize(("push_on_error", "expected"), [(False, 1), (True, 11)])
+def test_with_that_an_error_leaves_pushes_only_if_asked_to(push_on_error, expected):
+    p, opt = count(push_on_error=push_on_error)
+    opt.step()
+    push(opt, 10.0)
+    with pytest.raises(ZeroDivisionError), opt:
+        raise ZeroDivisionError
+    assert_all(p, expected)  # its own step, or with that of the other, from the center
+    with pytest.raises(UsageError, match="used after close"):
+        opt.step()
+
+
 # ---- NaN and Inf
 
 
@@ -255,6 +267,25 @@ def test_a_poisoned_update_of_a_parameter_that_is_exchanged_as_a_copy():
     with pytest.warns(NonFiniteWarning, match=r"'0\.weight'"):
         opt.step()
     assert_same(model.parameters(), start)
+
+
+def test_an_update_that_is_far_out_is_refused():
+    """300 elements that go up by 1 have a norm of 17.32."""
+    p, opt = count(2, max_norm=18.0)
+    opt.step()
+    opt.step()
+    p.grad[:] = -1.1
+    opt.step()
+    with pytest.warns(
+        NonFiniteWarning, match=r"\[rank 0\] count: the update has a norm of 19\.05.*, above max_norm=18\.0"
+    ):
+        opt.step()
+    assert_all(p, 1)
+    assert opt.stats()["pushes_refused"] == 1
+    p.grad[:] = -1
+    opt.step()
+    opt.step()
+    assert_all(opt.center.snapshot()["p"], 2)
 
 
 def test_a_poisoned_update_raises_if_asked_to():

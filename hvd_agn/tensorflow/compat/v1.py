@@ -76,7 +76,8 @@ class AGNOptimizer(v1.train.Optimizer):  # type: ignore[misc]
             its pushes, from all workers.
         rule: what the center does with a mean gradient, any of ``hvd_agn.rules``; None: as ``optimizer``, with the
             learning rate that this has at the push.
-        comm, center_ranks, transport, wire_dtype, on_nonfinite: see :class:`hvd_agn.torch.AGNOptimizer`.
+        comm, center_ranks, transport, wire_dtype, on_nonfinite, max_norm: see
+            :class:`hvd_agn.torch.AGNOptimizer`.
 
     Raises:
         TypeError: ``optimizer`` or ``custom_getter`` is of another kind.
@@ -99,6 +100,7 @@ class AGNOptimizer(v1.train.Optimizer):  # type: ignore[misc]
         transport: str | None = None,
         wire_dtype: str | None = config.WIRES[0],
         on_nonfinite: str = config.ON_NONFINITE[0],
+        max_norm: float | None = config.MAX_NORM,
     ) -> None:
         _refuse_unusable(optimizer, custom_getter)
         super().__init__(use_locking, name)
@@ -114,6 +116,7 @@ class AGNOptimizer(v1.train.Optimizer):  # type: ignore[misc]
             transport=transport,
             wire_dtype=wire_dtype,
             on_nonfinite=on_nonfinite,
+            max_norm=max_norm,
             name=name,
         )
         ranks = mpi.initialize().COMM_WORLD if comm is None else comm
