@@ -24,7 +24,6 @@ from .errors import (
     ConfigError,
     LaunchError,
     LayoutError,
-    RestoredError,
     SharedMemoryError,
     StallError,
     UsageError,
@@ -122,7 +121,7 @@ class Center:
         name: str = "Center",
         resume: checkpoint.Resume | None = None,
         facts: alike.Facts = _NO_FACTS,
-        failed: AGNError | None = None,
+        failed: Exception | None = None,
     ) -> None:
         config.check_environment()
         config.choose("on_nonfinite", on_nonfinite, config.ON_NONFINITE)
@@ -167,7 +166,8 @@ class Center:
         self._name = name
         self._mpi_comm = MPI.Comm.fromhandle(self._comm.handle)
         self.label = f"[rank {mpi.world_rank()}] {name}"
-        self._root = f"rank {self._comm.world_ranks[0]}"
+        self.root = f"rank {self._comm.world_ranks[0]}"
+        """The first of the communicator's ranks, by its number in ``MPI.COMM_WORLD``."""
 
         signature: list[tuple[Any, ...]] = []
         error: Exception | None = failed
@@ -188,11 +188,11 @@ class Center:
         self.identity: int = identity
         """Made at random with the center, and the same in all that is saved of it."""
         if error is None and signature != expected and expected:
-            error = LayoutError(_first_difference(signature, expected, self._root))
-        if error is None and (order := alike.misplaced(facts, first, self._root)):
+            error = LayoutError(_first_difference(signature, expected, self.root))
+        if error is None and (order := alike.misplaced(facts, first, self.root)):
             error = LayoutError(order)
         self._agree(error)
-        self.differences = alike.differences(facts, first, self._root)
+        self.differences = alike.differences(facts, first, self.root)
         """How this rank's ``facts`` differ from rank 0's, in words."""
         self._key = self._together(lambda: shutdown.free_finished(self._mpi_comm))
         self._allocate(hosts, planes, resume.version if resume else 0)
@@ -283,7 +283,7 @@ class Center:
         _core.widen(register(self._names, values), wide)
         for name, array in zip(self._names, wide, strict=True):
             if not np.isfinite(array).all():
-                raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on {self._root}.")
+                raise LayoutError(f"{self.label}: {name!r} has a NaN or an Inf. Initialise it on {self.root}.")
         return [wide]
 
     def _like(self) -> checkpoint.Like:
@@ -301,8 +301,8 @@ class Center:
         native = self._together(lambda: _core.Center(self._comm, plan, layout, natives, self._group_of))
         undo = native.disconnect
         self._together(lambda: native.connect(self._comm, config.RING_BLOCKS.read()), undo)
-        waits = f"waits for {self._root} to write its parameters to the center"
-        self._together(lambda: native.write(planes, version) if self._comm.rank == 0 else None, undo, waits)
+        waits = f"waits for {self.root} to write its parameters to the center"
+        self._together(lambda: native.write(planes, version, 0) if self._comm.rank == 0 else None, undo, waits)
         self._native = native
         shutdown.centers.append(self)
 
@@ -359,29 +359,31 @@ class Center:
         shapes = [tuple(int(n) for n in value.shape) for value in values]
         if shapes != self._shapes:
             raise LayoutError(f"{self.label}: a client's arrays have shapes {shapes}, the center's {self._shapes}.")
-        while True:
-            try:
-                made = Client(
-                    self._open(),
-                    names,
-                    values,
-                    label=self.label,
-                    rule=self.rule,
-                    groups=self.groups,
-                    on_nonfinite=self._on_nonfinite,
-                    max_norm=self._max_norm,
-                    wire_dtype=self._wire_dtype,
-                    overlap=self._overlap,
-                    gradients=self._gradients,
-                    on_close=self._clients.remove,
-                )
-            except RestoredError:  # rank 0 is fast
-                self.follow()
-                continue
-            except ValueError as error:
-                raise LayoutError(f"{self.label}: {error}.") from error
-            self._clients.append(made)
-            return made
+        try:
+            made = Client(
+                self._open(),
+                names,
+                values,
+                label=self.label,
+                rule=self.rule,
+                groups=self.groups,
+                on_nonfinite=self._on_nonfinite,
+                max_norm=self._max_norm,
+                wire_dtype=self._wire_dtype,
+                overlap=self._overlap,
+                gradients=self._gradients,
+                on_close=self._clients.remove,
+                epoch=self._epoch,
+            )
+        except ValueError as error:
+            raise LayoutError(f"{self.label}: {error}.") from error
+        self._clients.append(made)
+        return made
+
+    @property
+    def _epoch(self) -> int:
+        """The latest that this rank knows of."""
+        return max([self._loads, *(client.epoch for client in self._clients)])
 
     def exchange(self, steps: float = 1, *, exact: bool = False, lr: float | Sequence[float] | None = None) -> bool:
         """As :meth:`Client.exchange`, for this center's arrays.
@@ -448,7 +450,7 @@ class Center:
             [np.empty(shape, dtype) for shape, dtype in zip(self._shapes, self._dtypes, strict=True)]
             for _ in range(1 + len(slots))
         ]
-        version = native.read(planes)
+        version = native.read(planes, self._epoch)
         named = [dict(zip(self._names, plane, strict=True)) for plane in planes]
         return named[0], dict(zip(slots, named[1:], strict=True)), version
 
@@ -498,58 +500,58 @@ class Center:
         if self._comm.rank == 0:
             try:
                 planes, version, identity = checkpoint.read(Path(path), self._like(), self.rule.active_slots())
+                native.write(planes, version, self._epoch + 1)
                 self.identity = secrets.randbits(63) if identity is None else identity
-                native.epoch += 1
-                native.write(planes, version)
             except Exception as failure:  # of any kind: the other ranks wait to hear of it
                 error = CheckpointError(f"{self.label}: {path} cannot be loaded into {self.rule}: {failure}")
-        self._comm.barrier(f"waits for {self._root} to read the center's file")
-        error, self.identity, epoch = self._mpi_comm.bcast((error, self.identity, native.epoch), root=0)
+        self._comm.barrier(f"waits for {self.root} to read the center's file")
+        error, self.identity, epoch = self._mpi_comm.bcast((error, self.identity, self._epoch + 1), root=0)
         if error is not None:
             raise error
-        native.epoch = self._loads = epoch
-        self._renew_clients()
-        if self._owner is not None:
-            self._owner.loaded()
-
-    def _renew_clients(self) -> None:
-        """The center is another now: they pull, but for the owner's, which does so itself."""
+        self._loads = epoch
         for client in self._clients:
+            client.epoch = epoch
             client.forget()
             if self._owner is None or client is not self.arrays_client:
                 client.pull()
+        if self._owner is not None:
+            self._owner.loaded()
 
-    def restore(self, resume: checkpoint.Resume | None, values: Sequence[Any]) -> None:
+    def restore(self, resume: checkpoint.Resume | None, values: Sequence[Any], *, as_it_is: bool = False) -> None:
         """Set the center to one as it was, as every rank does, each when it comes to it: rank 0 writes.
 
-        Exchanges of ranks that have come to it wait for that, asleep. Those of ranks that have not raise RestoredError.
+        Exchanges of ranks that have come to it wait for that, asleep. Those of ranks that have not raise RestoredError;
+        so do those of further clients, until they pull.
 
         Args:
             resume: the center; :meth:`fits` has been asked. None: it becomes ``values``.
             values: arrays like the center's.
+            as_it_is: the center has just been loaded, and stays.
+
+        Raises:
+            LayoutError: ``values`` have a NaN or an Inf; nothing has changed.
+            StallError: as an exchange; some blocks are set to it already.
         """
-        native = self._open()
+        native, client = self._open(), self.arrays_client
+        epoch = max(client.epoch, self._loads + 1)
+        if self.rank == 0 and as_it_is:
+            native.begin_epoch(epoch)
+        elif self.rank == 0:
+            like = [(name, *shape_and_type) for name, shape_and_type in self._like().items()]
+            native.write(self._initial(values, like, resume), resume.version if resume else 0, epoch)
+        if not as_it_is:
+            self.identity = resume.identity if resume else secrets.randbits(63)
         self._loads += 1
-        native.epoch = max(native.epoch, self._loads)
-        if resume is not None:
-            self.identity = resume.identity
-        if self.rank != 0:
-            return
-        like = [(name, *shape_and_type) for name, shape_and_type in self._like().items()]
-        native.write(self._initial(values, like, resume), resume.version if resume else 0)
+        client.epoch = epoch
 
     def fits(self, resume: checkpoint.Resume) -> None:
         """Raise CheckpointError if the center cannot be set to that one."""
         resume.planes(self._like(), self.rule.active_slots())
 
-    def follow(self) -> None:
-        """Work with a center that rank 0 has set to a checkpoint, which this rank has not loaded."""
-        self._open().epoch += 1
-
     @property
     def behind(self) -> bool:
-        """Whether rank 0 has loaded a checkpoint more than this rank, and this rank works with it."""
-        return self._open().epoch > self._loads
+        """Whether rank 0 has loaded a checkpoint more than this rank, which works with it."""
+        return self.arrays_client.epoch > self._loads
 
     def restart(self, values: Sequence[Any], note: T) -> T:
         """Set the center to rank 0's ``values``, unless it was loaded: for a framework that has them only now.
@@ -568,10 +570,10 @@ class Center:
         error: LayoutError | None = None
         if self.rank == 0 and native.version() == 0:
             try:
-                native.write(self._initial(values, like, None), 0)
+                native.write(self._initial(values, like, None), 0, self._epoch)
             except LayoutError as failure:
                 error = failure
-        self._comm.barrier(f"waits for {self._root} to write its values to the center")
+        self._comm.barrier(f"waits for {self.root} to write its values to the center")
         error, first = self._mpi_comm.bcast((error, note), root=0)
         if error is not None:
             raise error

@@ -12,6 +12,7 @@ from .errors import (
     LayoutError,
     NonFiniteError,
     NonFiniteWarning,
+    RestoredError,
     RuleError,
     RuleOverflowWarning,
     UsageError,
@@ -69,6 +70,7 @@ class Client:
         overlap: bool,
         gradients: bool,
         on_close: "Callable[[Client], None]",
+        epoch: int,
     ) -> None:
         self._label = label
         self._rule = rule
@@ -80,9 +82,15 @@ class Client:
         self._max_norm = max_norm
         self._blocks_refused = 0
         self._held_back: dict[type[Warning], int] = {}  # by kind, once there was a warning
-        self._native: _core.Client | None = _core.Client(
-            center, register(names, arrays), wire_dtype or "none", overlap, gradients, max_norm or 0.0
-        )
+        self._native: _core.Client | None = None
+        buffers = register(names, arrays)
+        while self._native is None:
+            try:
+                self._native = _core.Client(
+                    center, buffers, wire_dtype or "none", overlap, gradients, max_norm or 0.0, epoch
+                )
+            except RestoredError:  # rank 0 was fast
+                epoch += 1
 
     def _open(self) -> _core.Client:
         if self._native is None:
@@ -155,6 +163,7 @@ class Client:
             RuleError: the function of a ``rules.Custom`` failed. What was not pushed is pushed by the next exchange.
             StallError: a wait lasted longer than ``HVD_AGN_STALL_ABORT_SECONDS``. What was not pushed is still in the
                 arrays, or the accumulators, for the next exchange.
+            RestoredError: an optimizer on rank 0 has set the center to a checkpoint; :meth:`pull` takes it over.
         """
         rates = self._rates(lr)
         return self._accept(lambda native: native.exchange(steps, exact, rates))
@@ -182,7 +191,7 @@ class Client:
         )
         if self._on_nonfinite == "raise":
             raise NonFiniteError(text + "The parameters are left as they are; pull() sets them to the center.")
-        native.pull()
+        self.pull()
         self._warn_once(
             text + "The parameters are set back to the center. Check the loss, the learning rate and, if it goes on, "
             "the state of the local optimizer.",
@@ -268,8 +277,29 @@ class Client:
         return self._open().owes
 
     def pull(self) -> None:
-        """Set arrays and anchor to the center; what was not pushed or is accumulated is dropped."""
-        self._open().pull()
+        """Set arrays and anchor to the center; what was not pushed or is accumulated is dropped.
+
+        After a RestoredError too: then this client has taken over the checkpoint that the center was set to.
+        """
+        native, epoch = self._open(), self.epoch
+        while True:
+            try:
+                native.pull()
+                return
+            except RestoredError:
+                native.epoch += 1
+            except BaseException:  # cut short: it has not taken anything over
+                native.epoch = epoch
+                raise
+
+    @property
+    def epoch(self) -> int:
+        """How often the center had been set to a checkpoint when it became this client's anchor."""
+        return self._open().epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._open().epoch = epoch
 
     def forget(self) -> None:
         """Owe the center nothing: it is another now than what was rounded away or accumulated was meant for."""

@@ -176,7 +176,7 @@ class Worker(Generic[A]):
         self._steps_under_way = 0  # of the exchange in the background
         self.viewing_center = False
         """Whether the parameters are the center's just now, within :meth:`center_weights`."""
-        self.careful = settings.overlap or settings.gradients
+        self.careful = self._always_careful = settings.overlap or settings.gradients
         """Whether a step is more than an update that is counted."""
         self._layout_changed = False
         self._took_over = False
@@ -186,7 +186,7 @@ class Worker(Generic[A]):
         facts = Facts()
 
         groups: Sequence[int] | None = None
-        failed: AGNError | None = None
+        failed: Exception | None = None
         try:
             if rule is None and settings.gradients:
                 rule = rules.SGD(0.0)  # stands in, should the next line fail
@@ -205,7 +205,7 @@ class Worker(Generic[A]):
                     f"{len(rule.rules)} rules in rules.Groups, {self.arrays.groups} parameter groups in the wrapped "
                     "optimizer: give one for each."
                 )
-        except AGNError as error:  # the center tells the other ranks
+        except Exception as error:  # the center tells the other ranks
             failed = error
         self.center = Center(
             tensors,
@@ -262,6 +262,10 @@ class Worker(Generic[A]):
             raise UsageError(f"{self.center.label}: {call} inside center_weights(). Leave that context first.")
         self.center.check_open()
 
+    def take_care(self) -> None:
+        """From now on a step is more than an update that is counted."""
+        self.careful = self._always_careful = True
+
     def begin_step(self) -> None:
         """Before an update: merge what an exchange in the background has brought, if it has ended."""
         self.check_open("step()")
@@ -315,13 +319,12 @@ class Worker(Generic[A]):
         self.check_open("center_weights()")
         self.land()
         local = self.arrays.copy()
-        careful = self.careful
         try:
             self._through("peek")
             self.viewing_center = self.careful = True
             yield
         finally:
-            self.viewing_center, self.careful = False, careful
+            self.viewing_center, self.careful = False, self._always_careful
             if not self._layout_changed:  # else nothing was done to them
                 self.arrays.put_back(local)
 
@@ -427,25 +430,22 @@ class Worker(Generic[A]):
             self.arrays.write_back()
         if not accepted:
             self.steps_since_exchange = 0
+        else:
+            self._warn_if_behind()
 
     def _take_over(self) -> None:
         """Rank 0 has set the center to a checkpoint: what was done here since the last exchange belongs to the past."""
-        while True:
-            self.center.follow()
-            self.client.forget()
-            try:
-                self._pull()
-                break
-            except RestoredError:  # once more
-                continue
+        self.client.forget()
+        self._pull()
         self._took_over = True
 
     def _warn_if_behind(self) -> None:
         """Not at once: this rank may be about to load the checkpoint too."""
         if self._took_over and self.center.behind:
             warn(
-                f"{self.center.label}: rank 0 has loaded a checkpoint, and this rank has not: it has taken the center "
-                "over, and dropped what it had not pushed. Its optimizer is not restored. Load it on every rank.",
+                f"{self.center.label}: {self.center.root} has loaded a checkpoint, and this rank has not: it has taken "
+                "the center over, and dropped what it had not pushed. Its optimizer is not restored. Load it on every "
+                "rank.",
                 RestoredWarning,
             )
         self._took_over = False
@@ -532,13 +532,13 @@ class Worker(Generic[A]):
         """
         self._discard()
         self._read()
-        loaded, self._center_loaded = self._center_loaded, False
-        if not loaded:
-            self.center.restore(center, self.arrays.values())
+        as_it_is = self._center_loaded and center is None  # from a file of its own
+        self.center.restore(center, self.arrays.values(), as_it_is=as_it_is)
+        self._center_loaded = False
         self.client.forget()
-        if own is not None and self.owns(own):
+        if own is not None and self.owns(own) and (as_it_is or center is not None):
             self.restore(own)
-        elif loaded:
+        elif as_it_is:
             self.pull()
         else:
             if center is not None:
@@ -566,9 +566,10 @@ class Worker(Generic[A]):
         loaded = self.arrays.copy()
         try:
             self.land()
-        except AGNError:  # of an exchange that is past
+        except (AGNError, NonFiniteWarning):  # of an exchange that is past
             pass
-        self.arrays.put_back(loaded)
+        finally:
+            self.arrays.put_back(loaded)
 
 
 _PERFORMED: Mapping[str, Callable[[Worker[Any]], None]] = {

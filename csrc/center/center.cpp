@@ -67,7 +67,7 @@ class Copy : public Transfer {
     head.kind = kind_;
     head.version = version_;
     head.epoch = epoch_;
-    head.looks = true;
+    head.looks = kind_ == Message::Kind::read;
     if (kind_ != Message::Kind::write) return;
     head.payload_bytes = round_up(layout_.block_bytes() * (1 + groups_.common().slots()), Layout::kAlignment);
     fill(layout_, groups_, head.block, planes_, payload);
@@ -85,6 +85,19 @@ class Copy : public Transfer {
   const std::vector<std::vector<void*>>& planes_;
   Message::Kind kind_;
   std::uint64_t version_;  // to store; or the largest read
+  std::uint32_t epoch_;
+};
+
+class BeginEpoch : public Transfer {
+ public:
+  explicit BeginEpoch(std::uint32_t epoch) : epoch_(epoch) {}
+  void request(Message& head, std::byte*) override {
+    head.kind = Message::Kind::epoch;
+    head.epoch = epoch_;
+  }
+  void answer(const Message&, const std::byte*) override {}
+
+ private:
   std::uint32_t epoch_;
 };
 
@@ -188,32 +201,40 @@ Center::~Center() {
 
 // ---- values
 
-std::uint64_t Center::read(const std::vector<std::vector<void*>>& planes) {
+std::uint64_t Center::read(const std::vector<std::vector<void*>>& planes, std::uint32_t epoch) {
   std::uint64_t largest = 0;
   for (const auto& shard : shards_) {
     for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
-      const Shard::Block block = shard->lock(b, epoch_, true);
+      const Shard::Block block = shard->lock(b, epoch, true);
       largest = std::max(largest, block.version());
       copy_planes<true>(layout_, b, shard->slot_stride(), planes, block.data());
     }
   }
   if (mailbox() == nullptr) return largest;
-  Copy copy(layout_, groups_, planes, Message::Kind::read, largest, epoch_);
+  Copy copy(layout_, groups_, planes, Message::Kind::read, largest, epoch);
   mailbox()->run(copy);
   return copy.version();
 }
 
-void Center::write(const std::vector<std::vector<void*>>& planes, std::uint64_t version) {
+void Center::write(const std::vector<std::vector<void*>>& planes, std::uint64_t version, std::uint32_t epoch) {
   for (const auto& shard : shards_) {
     for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
       Shard::Block block = shard->lock(b);
       fill(layout_, groups_, b, planes, block.spare());
-      block.restore(version, epoch_);
+      block.restore(version, epoch);
     }
   }
   if (mailbox() == nullptr) return;
-  Copy copy(layout_, groups_, planes, Message::Kind::write, version, epoch_);
+  Copy copy(layout_, groups_, planes, Message::Kind::write, version, epoch);
   mailbox()->run(copy);
+}
+
+void Center::begin_epoch(std::uint32_t epoch) {
+  for (const auto& shard : shards_)
+    for (std::size_t b = shard->begin(); b < shard->end(); ++b) shard->lock(b).begin_epoch(epoch);
+  if (mailbox() == nullptr) return;
+  BeginEpoch begin(epoch);
+  mailbox()->run(begin);
 }
 
 std::uint64_t Center::version() {

@@ -3,7 +3,6 @@
 
 #include <unistd.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -67,13 +66,11 @@ class Center {
   /// Copies the center (plane 0) and the rule's slots (planes 1...) to, or from, one array per segment in the center's
   /// dtype. Each block is consistent in itself: all planes from the same version. read returns the largest version,
   /// write stores `version` in every block; slots begin as the rule has it if there are no planes for them. It begins
-  /// this rank's epoch at every block.
-  std::uint64_t read(const std::vector<std::vector<void*>>& planes);
-  void write(const std::vector<std::vector<void*>>& planes, std::uint64_t version);
-
-  /// The epoch that this rank works in: how often the center was set to a checkpoint, as far as it knows.
-  std::uint32_t epoch() const { return epoch_; }
-  void set_epoch(std::uint32_t epoch) { epoch_ = epoch; }
+  /// an epoch at every block; read waits until every block has come to this one.
+  std::uint64_t read(const std::vector<std::vector<void*>>& planes, std::uint32_t epoch);
+  void write(const std::vector<std::vector<void*>>& planes, std::uint64_t version, std::uint32_t epoch);
+  /// An epoch begins at every block, which stays as it is.
+  void begin_epoch(std::uint32_t epoch);
 
   /// Pushes that every block has had. Asks the other hosts.
   std::uint64_t version();
@@ -103,7 +100,6 @@ class Center {
   std::vector<std::pair<std::size_t, std::size_t>> remote_;
   std::unique_ptr<Responder> service_;  // until connect()
   std::unique_ptr<Mailbox> mailbox_;
-  std::atomic<std::uint32_t> epoch_{0};
   std::mutex clients_mutex_;
   std::vector<bool> clients_;  // by number: taken
 };

@@ -33,8 +33,9 @@ class Timed {
 
 }  // namespace
 
-Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options)
+Client::Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options, std::uint32_t epoch)
     : center_(std::move(center)),
+      epoch_(epoch),
       buffers_(std::move(buffers)),
       options_(options),
       leave_{center_.get(), center_->enter_client()} {
@@ -331,12 +332,12 @@ void Client::exchange_shard(Shard& shard, const Push& push) {
     const std::size_t b = shard.begin() + (first_block(shard.begin(), shard.end()) + i) % blocks;
     if (!active(b, false)) continue;
     auto block = shard.try_lock(b);
-    if (block && block->epoch() == center_->epoch())
+    if (block && block->epoch() == epoch_)
       exchange_block(shard, std::move(*block), b, push);
     else
       busy_.push_back(b);
   }
-  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b, center_->epoch()), b, push);
+  for (const std::size_t b : busy_) exchange_block(shard, shard.lock(b, epoch_), b, push);
 }
 
 void Client::exchange_block(Shard& shard, Shard::Block block, std::size_t index, Push push) {
@@ -448,7 +449,7 @@ void Client::copy_all(bool theta, bool with_anchor) {
     if (mailbox) mailbox->begin(pull);
     for (const auto& shard : center_->shards()) {
       for (std::size_t b = shard->begin(); b < shard->end(); ++b) {
-        const Shard::Block block = shard->lock(b, center_->epoch(), !with_anchor);
+        const Shard::Block block = shard->lock(b, epoch_, !with_anchor);
         const Range range = copy_block(b, block.data(), shard->slot_stride(), theta, with_anchor, past_cache_);
         if (with_anchor) received(b, block.version(), false, false, range);
       }
@@ -465,7 +466,7 @@ void Client::copy_all(bool theta, bool with_anchor) {
 }
 
 void Client::check_restored() const {
-  if (restored_) check_epoch(center_->epoch() + 1, center_->epoch(), center_->rank());
+  if (restored_) restored(center_->rank());
 }
 
 void Client::pull() {

@@ -52,8 +52,8 @@ class Client {
     double max_norm = 0;       // of a push, the rule's clip_norm not yet applied; 0: any
   };
 
-  /// Sets the buffers, one per segment of the center's layout, to the center.
-  Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options);
+  /// Sets the buffers, one per segment of the center's layout, to the center. `epoch`: see set_epoch().
+  Client(std::shared_ptr<Center> center, std::vector<Buffer> buffers, Options options, std::uint32_t epoch);
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
   ~Client();
@@ -123,6 +123,10 @@ class Client {
   /// Steps and pushes so far, for a rule that counts by worker.
   double power() const { return power_; }
   void set_power(double power) { power_ = power; }
+  /// The epoch of the center that the anchor belongs to. A call that finds a block in an earlier one waits for it, in a
+  /// later one it throws RestoredError.
+  std::uint32_t epoch() const { return epoch_; }
+  void set_epoch(std::uint32_t epoch) { epoch_ = epoch; }
   /// Versions of the blocks as last pulled. Setting fewer or more sets them all to the largest.
   std::vector<std::uint64_t> versions() const;
   void set_versions(const std::vector<std::uint64_t>& versions);
@@ -190,6 +194,7 @@ class Client {
   mutable std::mutex mutex_;  // one call at a time
   bool closed_ = false;
   std::shared_ptr<Center> center_;
+  std::atomic<std::uint32_t> epoch_;
   std::vector<Buffer> buffers_;
   bool bound_ = true;
   std::vector<void*> results_;  // by segment: where new values go, until they are there; empty: to the buffers

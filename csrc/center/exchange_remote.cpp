@@ -21,7 +21,7 @@ void Client::ask(Message& head) const {
     others |= dtype != DType::f16 && dtype != DType::bf16;
   }
   head.client = leave_.id;
-  head.epoch = center_->epoch();
+  head.epoch = epoch_;
   head.mirrored = center_->rule().gap_aware;
   if (!others && halves[0] != halves[1]) {
     head.half_values = true;

@@ -38,6 +38,7 @@ struct Message {
     pull,     // no payload; answer: the block
     read,     // no payload; answer: the block and its slots
     write,    // payload: the block and its slots; answer: none
+    epoch,    // no payload; answer: none; `epoch` begins at the block, which stays as it is
     version,  // no payload; answer: none, but the shard's version in `version`
   };
   std::uint64_t block = 0;

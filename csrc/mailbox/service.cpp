@@ -67,8 +67,9 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
   try {
     auto block = shard_->try_lock(head.block);
     if (!block) return false;
-    if (head.kind != Kind::write && block->epoch() < head.epoch) return false;
-    if (head.kind != Kind::write && block->epoch() > head.epoch && !head.looks) {
+    const bool begins = head.kind == Kind::write || head.kind == Kind::epoch;
+    if (!begins && block->epoch() < head.epoch) return false;
+    if (!begins && block->epoch() > head.epoch && !head.looks) {
       head.restored = true;
       head.payload_bytes = 0;
       return true;
@@ -98,6 +99,9 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
         block->restore(head.version, head.epoch);
         head.payload_bytes = 0;
         return true;
+      case Kind::epoch:
+        block->begin_epoch(head.epoch);
+        return true;
       case Kind::version:
         break;
     }
@@ -115,7 +119,7 @@ bool Service::respond(int worker, Message& head, std::byte* payload) {
 }
 
 std::string Service::blocked(const Message& head) const {
-  if (shard_->epoch(head.block) < head.epoch) return concat("it ", kAwaitsRestore);
+  if (shard_->epoch(head.block) < head.epoch) return concat("it ", shard_->awaits_restore());
   return concat("block ", head.block, " is locked by rank ", shard_->holder(head.block),
                 ", which is stopped or starved");
 }

@@ -272,21 +272,21 @@ void bind_center(nb::module_& m) {
       .def("disconnect", &Center::disconnect, Release())
       .def(
           "read",
-          [](Center& self, const std::vector<std::vector<Array>>& arrays) {
+          [](Center& self, const std::vector<std::vector<Array>>& arrays, std::uint32_t epoch) {
             const auto to = planes(self, arrays);
             const nb::gil_scoped_release release;
-            return self.read(to);
+            return self.read(to, epoch);
           },
-          "planes"_a)
+          "planes"_a, "epoch"_a)
       .def(
           "write",
-          [](Center& self, const std::vector<std::vector<Array>>& arrays, std::uint64_t version) {
+          [](Center& self, const std::vector<std::vector<Array>>& arrays, std::uint64_t version, std::uint32_t epoch) {
             const auto from = planes(self, arrays);
             const nb::gil_scoped_release release;
-            self.write(from, version);
+            self.write(from, version, epoch);
           },
-          "planes"_a, "version"_a)
-      .def_prop_rw("epoch", &Center::epoch, &Center::set_epoch)
+          "planes"_a, "version"_a, "epoch"_a)
+      .def("begin_epoch", &Center::begin_epoch, "epoch"_a, Release())
       .def("version", &Center::version, Release())
       .def_prop_ro("recoveries", &Center::recoveries)
       .def("detach", &Center::detach, Release())
@@ -316,10 +316,11 @@ void bind_client(nb::module_& m) {
       .def(
           "__init__",
           [](Client* self, std::shared_ptr<Center> center, std::vector<Buffer> buffers, const std::string& wire,
-             bool overlap, bool gradients, double max_norm) {
-            new (self) Client(std::move(center), std::move(buffers), {wire_of(wire), overlap, gradients, max_norm});
+             bool overlap, bool gradients, double max_norm, std::uint32_t epoch) {
+            new (self)
+                Client(std::move(center), std::move(buffers), {wire_of(wire), overlap, gradients, max_norm}, epoch);
           },
-          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, "gradients"_a, "max_norm"_a, Release())
+          "center"_a, "buffers"_a, "wire"_a, "overlap"_a, "gradients"_a, "max_norm"_a, "epoch"_a, Release())
       .def(
           "accumulate",
           [](Client& self, const std::vector<const Buffer*>& gradients) {
@@ -379,6 +380,7 @@ void bind_client(nb::module_& m) {
       .def_prop_ro("blocks_refused", &Client::blocks_refused)
       .def_prop_ro("refused_norm", &Client::refused_norm)
       .def_prop_ro("latest_version", &Client::latest_version)
+      .def_prop_rw("epoch", &Client::epoch, &Client::set_epoch)
       .def_prop_rw("versions", &Client::versions, &Client::set_versions)
       .def_prop_rw("power", &Client::power, &Client::set_power)
       .def_prop_ro("extra_bytes", &Client::extra_bytes);

@@ -72,6 +72,7 @@ Shard::Shard(void* base, const Layout& layout, std::size_t begin, std::size_t en
       slot_stride_(layout.block_bytes()),
       stride_(round_up(layout.block_bytes() * (1 + slots), Layout::kAlignment)),
       rank_(comm.world_rank()),
+      root_(comm.world_ranks().front()),
       limits_(comm.limits()),
       process_(getpid()) {
   const std::size_t blocks = end - begin;
@@ -161,10 +162,14 @@ std::uint32_t Shard::Block::epoch() const {
   return shard_->epoch(index_);
 }
 
+void Shard::Block::begin_epoch(std::uint32_t epoch) {
+  shard_->header(index_).epoch.store(epoch, std::memory_order_relaxed);
+}
+
 void Shard::Block::restore(std::uint64_t version, std::uint32_t epoch) {
   commit(version);
   // Last: should this process die between, those of the new epoch go on waiting, and take no old value for a new one.
-  shard_->header(index_).epoch.store(epoch, std::memory_order_relaxed);
+  begin_epoch(epoch);
 }
 
 // ---- locks
@@ -212,17 +217,26 @@ Shard::Block Shard::lock(std::size_t block, std::uint32_t epoch, bool looks) {
   for (;;) {
     {
       Block found = lock(block);
-      if (!looks) check_epoch(found.epoch(), epoch, rank_);
+      if (found.epoch() > epoch && !looks) restored(rank_);
       if (found.epoch() >= epoch) return found;
     }
     std::this_thread::sleep_for(kLook);
-    watch.poll([] { return kAwaitsRestore; });
+    watch.poll([this] { return awaits_restore(); });
   }
 }
 
-void check_epoch(std::uint32_t found, std::uint32_t own, int rank) {
-  HVD_AGN_EXPECTS(found <= own, RestoredError, "[rank ", rank,
-                  "] rank 0 has set the center to a checkpoint that this rank has not loaded. Load it on every rank.");
+void restored(int rank) {
+  throw RestoredError(
+      concat("[rank ", rank,
+             "] the center was set to a checkpoint that this rank has not loaded: pull() takes it over. "
+             "Load it on every rank."));
+}
+
+std::string Shard::awaits_restore() const {
+  return concat(
+      "waits for rank ", root_,
+      " to load the checkpoint that this rank has loaded: load_state_dict(), or the loading of a Keras model, "
+      "is for every rank");
 }
 
 int Shard::holder(std::size_t block) const {

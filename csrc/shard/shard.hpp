@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mpi/comm.hpp"
@@ -46,6 +47,8 @@ class Shard {
     void commit(std::uint64_t version);
     /// Times that the block was set to a checkpoint.
     std::uint32_t epoch() const;
+    /// A new epoch begins, the block stays as it is.
+    void begin_epoch(std::uint32_t epoch);
     /// commit(), and a new epoch begins.
     void restore(std::uint64_t version, std::uint32_t epoch);
 
@@ -87,6 +90,8 @@ class Shard {
   int holder(std::size_t block) const;
 
   std::uint32_t epoch(std::size_t block) const;
+  /// What who works in a later epoch than a block waits for.
+  std::string awaits_restore() const;
 
   /// Pushes that every block has had; UINT64_MAX if there is no block.
   std::uint64_t version() const;
@@ -111,6 +116,7 @@ class Shard {
   std::size_t slot_stride_;
   std::size_t stride_;
   int rank_;
+  int root_;  // that sets the center to checkpoints
   StallLimits limits_;
   pid_t process_;  // that owns the spare
   Header* header_;
@@ -121,12 +127,8 @@ class Shard {
   bool attached_ = true;
 };
 
-/// RestoredError if what works in epoch `own` has found a later one.
-void check_epoch(std::uint32_t found, std::uint32_t own, int rank);
-/// What who works in a later epoch than a block waits for.
-inline constexpr const char* kAwaitsRestore =
-    "waits for rank 0 to load the checkpoint that this rank has loaded: load_state_dict(), or the loading of a Keras "
-    "model, is for every rank";
+/// RestoredError: the center is in a later epoch than what worked in an earlier one.
+[[noreturn]] void restored(int rank);
 
 /// Asks for large pages, before the first write: fewer misses of the address cache in a pass. It is only a wish.
 void use_huge_pages(void* data, std::size_t bytes);

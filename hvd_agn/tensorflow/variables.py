@@ -1,6 +1,7 @@
 """The variables of a Keras optimizer as a center sees them: which take part, and under which names."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,10 +60,9 @@ class Variables:
     def facts(self, optimizer: Any) -> Facts:
         """What the ranks should have alike besides: hyper-parameters, and variables that do not take part."""
         values = {f"variable {v.path!r}, which is not exchanged,": _checksum(plain(v)) for v in self._left_out}
-        for part in parts_of(optimizer):
-            owner = "the optimizer's" if part is optimizer else f"{part.name}'s"
-            config = {key: value for key, value in part.get_config().items() if key != "name"}
-            values |= {f"{owner} {key}": _text(value) for key, value in config.items()}
+        for number, part in enumerate(parts_of(optimizer)):
+            owner = "the optimizer's" if part is optimizer else f"optimizer {number}'s"
+            values |= {f"{owner} {key}": text for key, text in _settings(part).items()}
         return Facts(values)
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -153,6 +153,16 @@ class Variables:
         """Set them to what :meth:`copy` returned."""
         for variable, value in zip(self.exchanged, copy, strict=True):
             variable.assign(value)
+
+
+def _settings(optimizer: Any) -> dict[str, str]:
+    """In words; nothing of one that cannot be put into them, such as a schedule without a configuration."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a rate that is a lambda
+        try:
+            return {key: _text(value) for key, value in optimizer.get_config().items() if key != "name"}
+        except Exception:
+            return {}
 
 
 def _checksum(variable: tf.Variable) -> str:

@@ -22,7 +22,10 @@ def settings(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    text = repr(value.tolist() if isinstance(value, torch.Tensor) and not value.is_meta else value)
+    try:
+        text = repr(value.tolist() if isinstance(value, torch.Tensor) and not value.is_meta else value)
+    except Exception:  # what cannot be put into words is not compared
+        return type(value).__qualname__
     return type(value).__qualname__ if " at 0x" in text else text[:200]  # an address is of one process
 
 
@@ -30,6 +33,9 @@ def checksum(tensor: torch.Tensor) -> str | None:
     """Of a tensor's values; None of one that has none, or not in plain memory."""
     if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return None
-    with torch.no_grad():
-        data = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return alike.checksum(data.numpy(), f"{tensor.dtype}{list(tensor.shape)}")
+    try:
+        with torch.no_grad():
+            data = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        return alike.checksum(data.numpy(), f"{tensor.dtype}{list(tensor.shape)}")
+    except Exception:  # of a class of its own: quantized weights, a part of a distributed tensor
+        return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import config, rules
+from ..center import Center
 from ..client import Stats
 from ..errors import CheckpointError, UsageError
 from ..worker import Settings, Worker
@@ -81,6 +82,8 @@ class AGNOptimizer(torch.optim.Optimizer):
         LaunchError, SharedMemoryError: see :class:`hvd_agn.Center`.
     """
 
+    center: Center
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -131,8 +134,7 @@ class AGNOptimizer(torch.optim.Optimizer):
             lambda: _learning_rates(optimizer),
             closed=self._closed,
         )
-        self.center = self._worker.center
-        """The :class:`hvd_agn.Center`: save, load, snapshot."""
+        super().__setattr__("center", self._worker.center)  # the wrapped optimizer may have one too
         if settings.gradients:
             self._worker.arrays.sums = [torch.from_numpy(each) for each in self._worker.client.accumulators()]
         self._steps = Steps(optimizer, self._worker)
@@ -194,12 +196,12 @@ class AGNOptimizer(torch.optim.Optimizer):
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         """As of any optimizer; it is called before the wrapped optimizer's own."""
-        self._worker.careful = True
+        self._worker.take_care()
         return super().register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Any) -> Any:
         """As of any optimizer; it is called after the exchange."""
-        self._worker.careful = True
+        self._worker.take_care()
         return super().register_step_post_hook(hook)
 
     register_state_dict_pre_hook = _of_wrapped("register_state_dict_pre_hook")
@@ -326,11 +328,10 @@ class AGNOptimizer(torch.optim.Optimizer):
         another rank or from another number of ranks: then the parameters become the saved center. A state dict of the
         wrapped optimizer alone: then the center becomes rank 0's parameters as they are.
 
-        After ``opt.center.load`` of the same checkpoint the center is left as it is.
-
         Raises:
-            CheckpointError: the state is of other parameters, of a rule with other slots, or of another center than
-                the one that ``opt.center.load`` has just loaded; nothing was restored.
+            CheckpointError: the state is of other parameters, of a rule with other slots, or of another run's center
+                than ``opt.center.load`` has just loaded; nothing was restored.
+            LayoutError: the center is to become parameters that have a NaN or an Inf; it stays.
             UsageError: after ``close()`` or inside ``center_weights()``.
         """
         worker = self._worker

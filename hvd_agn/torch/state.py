@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,11 @@ def take_out(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def called_by_distributed_checkpoint() -> bool:
     """Whether torch.distributed.checkpoint asks for the state dict, or steps so that there is a state."""
-    frame = sys._getframe(1)
-    for _ in range(6):
-        if frame is None:
-            return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

@@ -30,7 +30,7 @@ class Steps:
         """What answers in its place."""
         for each in inside:
             self._replace(each)
-            worker.careful = True
+            worker.take_care()
         self._under_way = False
 
     def _replace(self, optimizer: torch.optim.Optimizer) -> Any:

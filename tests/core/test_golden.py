@@ -128,7 +128,7 @@ def replay(workers):
                     for p, name in zip(parameters, NAMES, strict=True):
                         p.grad = torch.from_numpy(inputs[f"rec_grad/{name}"][row].copy())
                     opt.step()
-                    for p, sums, name in zip(parameters, opt._sums, NAMES, strict=True):
+                    for p, sums, name in zip(parameters, opt._worker.arrays.sums, NAMES, strict=True):
                         close(p.detach(), recorded[f"{run}/local/{name}"][row], f"{inner} {run} {name} at {row}")
                         close(sums, recorded[f"{run}/acc/{name}"][row], f"{inner} {run} accumulator {name} at {row}")
                 comm.Barrier()
@@ -162,7 +162,7 @@ def test_sparse_through_torch(inner):
         parameters[0].grad = gradient
         parameters[1].grad = torch.from_numpy(recorded[f"{prefix}/feed/g1"][row].copy())
         opt.step()
-        for p, sums, name in zip(parameters, opt._sums, names, strict=True):
+        for p, sums, name in zip(parameters, opt._worker.arrays.sums, names, strict=True):
             close(p.detach(), recorded[f"{prefix}/local/{name}"][row], f"{prefix} {name} at {row}")
             close(sums, recorded[f"{prefix}/acc/{name}"][row], f"{prefix} accumulator {name} at {row}")
         before = check_center(opt.center, before, recorded, prefix, row, names, row % 3 == 2)

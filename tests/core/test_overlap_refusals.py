@@ -67,7 +67,6 @@ def test_what_is_not_allowed_during_a_flight():
         "pull": client.pull,
         "peek": client.peek,
         "forget": client.forget,
-        "read_anchor": lambda: client.read_anchor(0, theta.copy()),
         "write_anchor": lambda: client.write_anchor(0, theta.copy()),
     }
     for name, call in refused.items():

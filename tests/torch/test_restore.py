@@ -6,13 +6,14 @@ Integers throughout: a gradient of -1 and a rate of 1 move a parameter by 1 per 
 import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
 from training import vector
 
 from hvd_agn import rules
-from hvd_agn.errors import CheckpointError, RestoredWarning, StallError
+from hvd_agn.errors import CheckpointError, LayoutError, RestoredError, RestoredWarning, StallError
 from hvd_agn.torch import AGNOptimizer
 
 PERIOD = 4
@@ -69,6 +70,7 @@ def phase_one(path, transport):
     save(path, p, opt)
     barrier()
     train(p, opt, 20)  # what a learning rate finder has tried
+    barrier()  # a rank that took over would push what it does after that
     return p, opt
 
 
@@ -110,10 +112,10 @@ def test_each_from_its_own_file_or_all_from_one(transport, tmp_path):
         assert all(on_ranks(3, resume, str(tmp_path), transport, source, False, lag))
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_in_place(lag, tmp_path):
-    """The center has moved on, and ranks that have not come to the restoration yet push to it meanwhile."""
-    assert all(on_ranks(3, resume, str(tmp_path), "auto", None, True, lag))
+@pytest.mark.parametrize(("lag", "transport"), [(0, "auto"), (1, "mailbox")])
+def test_in_place(lag, transport, tmp_path):
+    """The center has moved on."""
+    assert all(on_ranks(3, resume, str(tmp_path), transport, None, True, lag))
 
 
 def resume_more(path):
@@ -132,17 +134,22 @@ def test_on_another_number_of_ranks(tmp_path):
     assert all(on_ranks(4, resume_more, str(tmp_path)))
 
 
-def trains_on_beside(path):
+def trains_on_beside(path, transport, arguments):
     """Rank 0 goes back; rank 1 does not, and has steps that belong to what is no more."""
-    p, opt = wrap()
+    arguments = {**arguments, "rule": rules.SGD(1.0)} if "accumulate" in arguments else arguments
+    p, opt = wrap(transport=transport, **arguments)
     rank = opt.center.rank
     train(p, opt, PERIOD)
+    opt.flush()
     barrier()
     opt.pull()
     if rank == 0:
         save(path, p, opt)
     barrier()
     train(p, opt, 3)
+    more = np.zeros(p.shape, np.float32)
+    client = opt.center.client([more])
+    barrier()
     if rank == 0:
         load(path, p, opt, 0)
     barrier()
@@ -150,18 +157,53 @@ def trains_on_beside(path):
         warnings.simplefilter("always")
         if rank == 1:
             train(p, opt, 1)
+            opt.flush()
             assert (p[0], center(opt)) == (2.0, 2.0)  # dropped, and taken over
             assert not caught
             train(p, opt, 2 * PERIOD)
+            opt.flush()
             assert (p[0], center(opt)) == (4.0, 4.0)
             assert [w.category for w in caught] == [RestoredWarning]
             assert "[rank 1]" in str(caught[0].message)
+            more += 100
+            if "accumulate" not in arguments:
+                with pytest.raises(RestoredError):
+                    client.exchange(1)
+            client.pull()
+            assert (more == 4.0).all()
     barrier()
     return True
 
 
-def test_a_rank_that_does_not_load_takes_over_and_is_told(tmp_path):
-    assert all(on_ranks(2, trains_on_beside, str(tmp_path)))
+@pytest.mark.parametrize("transport", ["auto", "mailbox"])
+def test_a_rank_that_does_not_load_takes_over_and_is_told(transport, tmp_path):
+    for arguments in {}, {"overlap": True}, {"accumulate": "gradients"}, {"wire_dtype": "bf16"}:
+        assert all(on_ranks(2, trains_on_beside, str(tmp_path), transport, arguments))
+
+
+def refused_on_rank_0(path):
+    """What rank 0 could not make the center leaves it as it was, for rank 0 and for the others."""
+    p, opt = wrap()
+    train(p, opt, PERIOD)
+    barrier()
+    opt.pull()
+    bare = torch.optim.SGD([vector(0.0)], lr=1.0).state_dict()
+    if opt.center.rank == 0:
+        with torch.no_grad():
+            p.fill_(float("nan"))
+        with pytest.raises(LayoutError, match="NaN"):
+            opt.load_state_dict(bare)
+        opt.pull()
+    barrier()
+    train(p, opt, PERIOD)
+    barrier()
+    assert center(opt) == 4.0
+    barrier()
+    return True
+
+
+def test_what_rank_0_cannot_load_leaves_the_center_as_it_was(tmp_path):
+    assert all(on_ranks(2, refused_on_rank_0, str(tmp_path)))
 
 
 def loads_alone(path):
