@@ -293,4 +293,4 @@ def fail_on_rank_1():
 
 
 def test_an_error_of_one_rank_reaches_all():
-    on_ranks(2, fail_on_rank_1, timeout=30)
+    on_ranks(2, fail_on_rank_1, timeout=60)
