@@ -269,7 +269,7 @@ def test_gradients_of_several_steps_in_one_function_stay_apart():
             optimizer.apply([tf.fill([10], -float(step))], variables)
 
     for _ in range(20):
-        optimizer.center._native.write([[np.zeros(10, "f4")], [np.zeros(10, "f4")]], 0)
+        optimizer.center._native.write([[np.zeros(10, "f4")], [np.zeros(10, "f4")]], 0, 0)
         optimizer.pull()
         six()
         expected = momentum = 0.0
